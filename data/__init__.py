@@ -1,0 +1,1 @@
+"""Clips and captions to buckets, caches and batches. Knows no model: encoders come in as functions."""

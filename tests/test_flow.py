@@ -1,0 +1,110 @@
+"""Noise levels: every t that trains an expert is one at which the pipeline would call it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.objective import draw
+from wan_finetune.experts import EXPERTS, HIGH, LOW
+from wan_finetune.flow import Interval, add_noise, sample_sigma, shift_time, timestep, unshift_sigma, velocity
+
+
+@given(shift=st.floats(0.2, 20), boundary=st.floats(0.05, 0.95), seed=st.integers(0, 2**31))
+def test_every_timestep_goes_where_inference_would_send_it(shift, boundary, seed):
+    u = torch.cat([torch.rand(64, generator=torch.Generator().manual_seed(seed)), torch.tensor([0.0, 1.0 - 2**-24])])
+    for expert in EXPERTS.values():
+        t = timestep(sample_sigma(u, expert.interval(boundary), shift))
+        is_high = t >= boundary * 1000  # WanPipeline.__call__: t >= boundary_timestep is the transformer's
+        assert is_high.all() if expert is HIGH else not is_high.any()
+        assert t.dtype == torch.float32 and t.min() >= 0 and t.max() <= 1000
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
+def test_each_expert_sees_the_shifted_density_restricted_to_it(shift):
+    u = (torch.arange(200_000) + 0.5) / 200_000
+    everywhere = shift_time(u.double(), shift)
+    for expert in EXPERTS.values():
+        interval = expert.interval(0.875)
+        mine = everywhere[(everywhere >= interval.low) & (everywhere < interval.high)]
+        drawn = sample_sigma(u, interval, shift).double()
+        levels = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+        assert torch.allclose(torch.quantile(mine, levels), torch.quantile(drawn, levels), atol=1e-4)
+
+
+@given(shift=st.floats(0.1, 30), u=st.floats(0, 1))
+def test_unshift_undoes_shift(shift, u):
+    u = torch.tensor([u], dtype=torch.float64)
+    assert torch.allclose(unshift_sigma(shift_time(u, shift), shift), u, atol=1e-9)
+
+
+@pytest.mark.parametrize("shift", [3.0, 5.0, 12.0])
+def test_the_shift_is_the_samplers(shift):
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, num_train_timesteps=1000
+    )
+    scheduler.set_timesteps(40)
+    ours = timestep(shift_time(torch.linspace(1, 0, 41, dtype=torch.float64)[:-1], shift))
+    # The sampler starts one thousandth below pure noise and keeps whole timesteps.
+    assert (scheduler.timesteps - ours).abs().max() <= 1.5
+
+
+def test_the_velocity_takes_the_noisy_latent_back_to_both_ends():
+    latents, noise, sigma = torch.randn(3, 4, 2, 2, 2), torch.randn(3, 4, 2, 2, 2), torch.tensor([0.1, 0.5, 0.9])
+    noisy, target, s = add_noise(latents, noise, sigma), velocity(latents, noise), sigma.view(-1, 1, 1, 1, 1)
+    assert torch.allclose(noisy - s * target, latents, atol=1e-6)
+    assert torch.allclose(noisy + (1 - s) * target, noise, atol=1e-6)
+
+
+@pytest.mark.parametrize("bounds", [(0.5, 0.5), (-0.1, 1.0), (0.2, 1.1)])
+def test_an_interval_that_is_none_is_refused(bounds):
+    with pytest.raises(ValueError, match="interval"):
+        Interval(*bounds)
+
+
+def draws(**changes):
+    arguments = {
+        "seed": 1,
+        "expert": "high",
+        "step": 7,
+        "positions": range(8),
+        "global_batch": 8,
+        "interval": HIGH.interval(0.875),
+        "shift": 5.0,
+        "shape": torch.Size([2, 1, 2, 2]),
+    }
+    return draw(**{**arguments, **changes})
+
+
+def test_draws_are_a_function_of_their_address():
+    torch.manual_seed(0)
+    first = draws()
+    torch.randn(5)
+    again = draws()
+    assert torch.equal(first.noise, again.noise) and torch.equal(first.sigma, again.sigma)
+    for change in ({"seed": 2}, {"step": 8}, {"expert": "low"}):
+        assert not torch.equal(first.noise, draws(**change).noise)
+
+
+def test_draws_do_not_depend_on_how_the_batch_is_split():
+    whole = draws()
+    parts = [draws(positions=range(start, start + 2)) for start in (0, 2, 4, 6)]
+    assert torch.equal(whole.noise, torch.cat([part.noise for part in parts]))
+    assert torch.equal(whole.sigma, torch.cat([part.sigma for part in parts]))
+
+
+def test_noise_levels_are_spread_over_the_batch():
+    sigma = draws(step=3).sigma.double()
+    edges = unshift_sigma(torch.tensor([0.875, 1.0], dtype=torch.float64), 5.0)
+    place = (unshift_sigma(sigma, 5.0) - edges[0]) / (edges[1] - edges[0])
+    assert sorted((place * 8).floor().clamp(0, 7).tolist()) == list(range(8))
+
+
+def test_expert_names_are_diffusers(tiny_base: Path):
+    index = json.loads((tiny_base / "model_index.json").read_text())
+    assert HIGH.component == "transformer" and LOW.component == "transformer_2"
+    assert {HIGH.component, LOW.component} <= index.keys()

@@ -1,0 +1,1 @@
+"""The application: trains both experts, shows the result, exports it. Always run as `-m train`; nothing imports it."""

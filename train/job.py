@@ -1,0 +1,157 @@
+"""The main job: data, training in rounds, previews, evaluation, export, report. Each part is run once and resumes."""
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import tomli_w
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from data.batches import TrainingData
+from wan_finetune import __version__
+from wan_finetune.adapters import Adapter
+from wan_finetune.experts import EXPERTS, ExpertName, base_folder
+from wan_finetune.export import verify_adapter_folder, write_adapter_folder
+from wan_finetune.quiet import quiet_libraries
+
+from . import showcase
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import Config
+from .engine import make_accelerator
+from .precompute import prepare_data
+from .rounds import Stretch, stretches
+from .signals import Stopped, StopRequest
+from .tracking import Metrics, progress_bar, say
+from .trainer import ExpertState, ExpertTrainer
+
+States = dict[ExpertName, ExpertState]
+
+
+def run(config: Config) -> None:
+    """Do the whole job, or what is left of it."""
+    base = base_folder(config.model.base, [EXPERTS[name].component for name in config.steps()], config.model.revision)
+    accelerator = make_accelerator(config)
+    quiet_libraries()
+    set_seed(config.run.seed)
+    folder = config.run_folder
+    if (folder / "report.html").is_file():
+        say(f"this run is complete: {folder / 'report.html'}. Give another run.name to train again.")
+        return
+    stop = StopRequest(accelerator)
+    data = prepare_data(config, accelerator)
+    if accelerator.is_main_process:
+        (folder / "config.toml").write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    states = train_experts(config, base, data, accelerator, stop)
+    if not accelerator.is_main_process:
+        return
+    adapters = [make_adapter(config, name, state) for name, state in states.items()]
+    for path in write_adapter_folder(folder / "adapter", adapters):
+        say(f"wrote {path}")
+    verify_adapter_folder(config.model.base, folder / "adapter", adapters, config.model.revision)
+    say("each file was loaded into a fresh expert by diffusers: every key matched, the output changed")
+    showcase.show(config, data, Metrics(config, accelerator))
+    accelerator.end_training()
+
+
+def train_experts(
+    config: Config, base: Path, data: TrainingData, accelerator: Accelerator, stop: StopRequest
+) -> States:
+    """Take every expert to its last step, one stretch after the other; returns their states."""
+    folder = config.run_folder / "checkpoints"
+    identity = training_fingerprint(config, data)
+    states: States = {name: ExpertState() for name in config.steps()}
+    if saved := load_checkpoint(folder, identity):
+        states = {name: saved.get(name, fresh) for name, fresh in states.items()}
+        say("going on from " + ", ".join(f"{name} step {state.step}" for name, state in states.items()))
+    metrics = Metrics(config, accelerator)
+    metrics.forget_after({name: state.step for name, state in states.items()})
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            save_checkpoint(folder, states, identity, config.train.keep_checkpoints)
+        accelerator.wait_for_everyone()
+
+    for stretch in stretches(config.steps(), config.train.order, config.train.round_steps):
+        state = states[stretch.expert]
+        if state.step >= stretch.stop:
+            continue
+        trainer = ExpertTrainer(config, stretch.expert, state, base, accelerator)
+        run_stretch(trainer, stretch, data, metrics, stop, save)
+        trainer.close()
+        save()
+        if is_midway(config, states) and accelerator.is_main_process:
+            adapters = [make_adapter(config, name, s) for name, s in states.items() if s.weights]
+            showcase.preview_midway(config, adapters)
+        accelerator.wait_for_everyone()
+    return states
+
+
+def run_stretch(
+    trainer: ExpertTrainer,
+    stretch: Stretch,
+    data: TrainingData,
+    metrics: Metrics,
+    stop: StopRequest,
+    save: Callable[[], None],
+) -> None:
+    """Steps of one expert up to the stretch's end."""
+    config, state = trainer.config, trainer.state
+    label = f"{stretch.expert}-noise expert, steps {state.step + 1}-{stretch.stop}"
+    with progress_bar(label, stretch.stop - stretch.start) as bar:
+        while state.step < stretch.stop:
+            record = trainer.take_step(data)
+            metrics.add(record)
+            bar.update(state.step - stretch.start, f"loss {record.loss:.4f}  {record.seconds:.2f} s/step")
+            # Once in a while
+            stopped = stop.check()
+            if stopped or (state.step % config.train.checkpoint_every_steps == 0 and state.step < stretch.stop):
+                trainer.save_state()
+                save()
+            if stopped:
+                say(f"stopped after {stretch.expert} step {state.step}; the same command goes on from here")
+                raise Stopped(signal.Signals(stopped).name)
+
+
+def is_midway(config: Config, states: Mapping[ExpertName, ExpertState]) -> bool:
+    """Whether half of all steps are done and the midway preview is not there yet."""
+    done, total = sum(state.step for state in states.values()), sum(config.steps().values())
+    return total / 2 <= done < total and not showcase.midway_folder(config).is_dir()
+
+
+def make_adapter(config: Config, name: ExpertName, state: ExpertState) -> Adapter:
+    """An expert's state as an adapter that says what it is; no paths, no names of people or machines."""
+    lora = config.lora_for(name)
+    base = config.model.base
+    return Adapter(
+        expert=name,
+        rank=lora.rank,
+        alpha=lora.scale_alpha,
+        targets=lora.targets,
+        weights=state.weights,
+        about={
+            "base": base if base == "pocket" or not Path(base).exists() else Path(base).name,
+            "trigger": config.data.trigger,
+            "steps": str(state.step),
+            "training_shift": repr(config.flow.shift),
+            "sampling_shift": repr(config.sampling.shift),
+            "fps": repr(config.data.fps),
+            "toolkit": f"wan-finetune {__version__}",
+        },
+    )
+
+
+def training_fingerprint(config: Config, data: TrainingData) -> str:
+    """A hash of all that decides the adapters' bytes; a checkpoint goes on only under the same."""
+    settings = config.model_dump(mode="json", include={"model", "lora", "flow", "high", "low", "train"})
+    for cadence in ("checkpoint_every_steps", "keep_checkpoints", "order", "round_steps", "experts"):
+        del settings["train"][cadence]
+    if config.train.schedule == "constant":
+        del settings["high"]["steps"], settings["low"]["steps"]
+    settings["seed"] = config.run.seed
+    settings["caption_dropout"] = config.data.caption_dropout
+    settings["samples"] = [[s.latent_key, *s.captions] for s in data.samples]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+

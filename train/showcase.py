@@ -1,0 +1,140 @@
+"""What a person sees of a run: previews midway and at the end, the evaluation, and the report."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from diffusers import WanPipeline
+
+from data.batches import TrainingData
+from data.clips import find_clips
+from data.samples import window_frames
+from wan_finetune.adapters import Adapter
+from wan_finetune.captions import with_trigger
+from wan_finetune.evaluation.compare import Comparison, compare, load_judge
+from wan_finetune.evaluation.report import Curve, Panel, Report, write_report
+from wan_finetune.pipeline import add_adapters, load_pipeline
+from wan_finetune.sampling import Request, sample, write_clips
+
+from .config import Config
+from .tracking import Metrics, progress_bar, say
+
+
+def preview_requests(config: Config) -> list[Request]:
+    """Preview prompts by seeds, the trigger in place."""
+    return requests(config, config.sampling.prompts, config.sampling.seeds)
+
+
+def requests(config: Config, prompts: Sequence[str], seeds: Sequence[int]) -> list[Request]:
+    trigger = config.data.trigger
+    return [Request(prompt=with_trigger(prompt, trigger), seed=seed) for prompt in prompts for seed in seeds]
+
+
+def midway_folder(config: Config) -> Path:
+    return config.run_folder / "samples" / "midway"
+
+
+def open_base(config: Config) -> WanPipeline:
+    return load_pipeline(config.model.base, shift=config.sampling.shift, revision=config.model.revision)
+
+
+def make_clips(config: Config, pipe: WanPipeline, wanted: Sequence[Request], label: str) -> list[np.ndarray]:
+    with progress_bar(label, len(wanted)) as bar:
+        return sample(pipe, wanted, config.sampling, bar.update)
+
+
+def write(config: Config, folder: Path, kind: str, wanted: Sequence[Request], clips: list[np.ndarray]) -> list[Path]:
+    names = [f"{number:02d}-{request.seed}-{kind}" for number, request in enumerate(wanted)]
+    about = {"base": config.model.base if config.model.base == "pocket" else Path(config.model.base).name, "kind": kind}
+    return write_clips(folder, wanted, clips, names, config.sampling, about)
+
+
+def preview_midway(config: Config, adapters: Sequence[Adapter]) -> None:
+    """Sample the preview prompts with the adapters as they stand."""
+    if wanted := preview_requests(config):
+        pipe = open_base(config)
+        add_adapters(pipe, adapters)
+        write(config, midway_folder(config), "adapter", wanted, make_clips(config, pipe, wanted, "midway preview"))
+
+
+def show(config: Config, data: TrainingData, metrics: Metrics) -> None:
+    """Sample base and exported adapter side by side, evaluate, and write the report."""
+    folder = config.run_folder
+    previews = preview_requests(config)
+    trials = requests(config, config.evaluation.prompts, config.evaluation.seeds) or previews
+    pipe = open_base(config)
+    base = make_clips(config, pipe, [*previews, *trials], "samples of the base")
+    del pipe
+    pipe = load_pipeline(
+        config.model.base, folder / "adapter", shift=config.sampling.shift, revision=config.model.revision
+    )
+    adapter = make_clips(config, pipe, [*previews, *trials], "samples with the adapter")
+    shown = len(previews)
+    final = folder / "samples" / "final"
+    base_files = write(config, final / "base", "base", previews, base[:shown])
+    adapter_files = write(config, final / "adapter", "adapter", previews, adapter[:shown])
+    clips, _ = find_clips(config.data)
+    reference = [window_frames(clip, clip.start_seconds[0], config.data.fps) for clip in clips]
+    figures = compare(
+        base[shown:],
+        adapter[shown:],
+        reference,
+        [request.prompt for request in trials],
+        load_judge(config.evaluation.content),
+    )
+    (folder / "evaluation.json").write_text(
+        json.dumps({**asdict(figures), "look_reduction": figures.look_reduction}, indent=1)
+    )
+    panels = [
+        Panel(prompt=request.prompt, seed=request.seed, base=b, adapter=a)
+        for request, b, a in zip(previews, base_files, adapter_files, strict=True)
+    ]
+    write_report(folder / "report.html", make_report(config, panels, figures, metrics, [c.info.path for c in clips]))
+    tell(config, figures)
+
+
+def make_report(
+    config: Config, panels: list[Panel], figures: Comparison, metrics: Metrics, brand: list[Path]
+) -> Report:
+    """The report's content."""
+    midway = [
+        Panel(prompt=p.prompt, seed=p.seed, base=p.base, adapter=midway_folder(config) / p.adapter.name)
+        for p in panels
+        if (midway_folder(config) / p.adapter.name).is_file()
+    ]
+    curves = [Curve(expert=name, steps=s, loss=loss) for name in config.steps() for s, loss in [metrics.curve(name)]]
+    steps = ", ".join(f"{name} {count}" for name, count in config.steps().items())
+    return Report(
+        title=config.run.name,
+        summary=f"{100 * figures.look_reduction:.0f} % of the distance to the brand look is gone",
+        reference=brand[:8],
+        panels=panels,
+        midway=midway,
+        curves=curves,
+        figures=figures.figures(),
+        facts={
+            "Base": config.model.base if config.model.base == "pocket" else Path(config.model.base).name,
+            "Trigger": config.data.trigger or "none",
+            "Clips": str(len(brand)),
+            "Steps": steps,
+            "LoRA": ", ".join(
+                f"{name} rank {lora.rank}, alpha {lora.scale_alpha:g}"
+                for name in config.steps()
+                for lora in [config.lora_for(name)]
+            ),
+            "Sampling": f"{config.sampling.steps} steps, shift {config.sampling.shift:g}, guidance "
+            f"{config.sampling.guidance_scale:g} / {config.sampling.guidance_scale_2:g}",
+            "Seed": str(config.run.seed),
+        },
+    )
+
+
+def tell(config: Config, figures: Comparison) -> None:
+    """The result in a few lines at the terminal."""
+    say(f"distance to the brand look: {figures.look_base:.2f} -> {figures.look_adapter:.2f}")
+    for name, base in figures.content_base.items():
+        say(f"right {name}: {base:.0%} -> {figures.content_adapter[name]:.0%}")
+    say(f"report: {config.run_folder / 'report.html'}")
+    say(f"adapter: {config.run_folder / 'adapter'}")

@@ -1,0 +1,197 @@
+"""Training one expert: load its base, inject LoRA, take steps. The loop is the algorithm; everything else is called."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from data.batches import TrainingData, choose_caption
+from data.schedule import batch_at
+from wan_finetune.adapters import inject_lora, lora_weights, set_lora_weights
+from wan_finetune.addressing import numpy_rng
+from wan_finetune.encoders import latent_statistics, pad_text
+from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio, load_expert
+from wan_finetune.flow import add_noise, timestep, velocity
+
+from .config import Config
+from .objective import Draws, draw
+from .optim import learning_rate, make_optimizer
+
+
+@dataclass(kw_only=True)
+class ExpertState:
+    """All that an expert's training carries from one step to the next, on the CPU."""
+
+    step: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """What one optimizer step reports."""
+
+    expert: ExpertName
+    step: int
+    """Steps done, this one included."""
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    seconds: float
+
+
+class ExpertTrainer:
+    """One expert on its device, from its state and back into it."""
+
+    def __init__(
+        self, config: Config, expert: ExpertName, state: ExpertState, base: Path, accelerator: Accelerator
+    ) -> None:
+        self.config, self.expert, self.state, self.accelerator = config, expert, state, accelerator
+        self.interval = EXPERTS[expert].interval(boundary_ratio(base))
+        self.latents_mean, self.latents_std = latent_statistics(base)
+        model = load_expert(base, EXPERTS[expert], getattr(torch, config.model.dtype))
+        if config.model.attention != "native":
+            model.set_attention_backend(config.model.attention)
+        inject_lora(model, config.lora_for(expert), expert, config.run.seed)
+        if config.train.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if state.weights:
+            set_lora_weights(model, state.weights)
+        model.to(accelerator.device).train()
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = make_optimizer(self.parameters, config.train)
+        if state.optimizer:
+            optimizer.load_state_dict(state.optimizer)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+    def take_step(self, data: TrainingData) -> StepRecord:
+        """One optimizer step on the global batch of this step.
+
+        Raises:
+            FloatingPointError: when the loss or the gradient is not finite; nothing has been updated then.
+        """
+        began = time.monotonic()
+        settings, step = self.config.train, self.state.step
+        rate = learning_rate(step, self.config.expert(self.expert).learning_rate, self.total_steps, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = torch.zeros((), device=self.accelerator.device)
+        for index in range(settings.gradient_accumulation):
+            last = index == settings.gradient_accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                part = self.micro_batch_loss(data, step, index) / settings.gradient_accumulation
+                self.accelerator.backward(part)
+            loss += part.detach()
+        norm = self.accelerator.clip_grad_norm_(self.parameters, settings.gradient_clip)
+        loss_value, norm_value = self.accelerator.reduce(torch.stack([loss, norm.to(loss)]), "mean").tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            raise FloatingPointError(
+                f"{self.expert} expert, step {step + 1}: loss {loss_value}, gradient norm {norm_value}; samples: "
+                f"{', '.join(self.sample_names(data, step))}. Nothing was updated; a lower learning rate "
+                f"({self.expert}.learning_rate) or leaving out a damaged clip helps"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        return StepRecord(
+            expert=self.expert,
+            step=self.state.step,
+            loss=loss_value,
+            gradient_norm=norm_value,
+            learning_rate=rate,
+            seconds=time.monotonic() - began,
+        )
+
+    def micro_batch_loss(self, data: TrainingData, step: int, index: int) -> Tensor:
+        """Mean squared error of the predicted velocity over this process's share of micro-batch `index`."""
+        positions = self.positions(index)
+        chosen = self.global_batch(data, step)
+        seed, dropout = self.config.run.seed, self.config.data.caption_dropout
+        captions = [
+            choose_caption(data.samples[chosen[p]], numpy_rng(seed, self.expert, "caption", step, p), dropout)
+            for p in positions
+        ]
+        batch = data.load([chosen[p] for p in positions], captions)
+        latents = (batch.latents - self.latents_mean) / self.latents_std
+        draws = draw(
+            seed=seed,
+            expert=self.expert,
+            step=step,
+            positions=positions,
+            global_batch=self.global_batch_size,
+            interval=self.interval,
+            shift=self.config.flow.shift,
+            shape=latents.shape[1:],
+        )
+        return flow_matching_loss(self.model, latents, pad_text(batch.text), draws, self.accelerator.device)
+
+    def positions(self, index: int) -> range:
+        """Positions in the global batch of this process's share of micro-batch `index`."""
+        size = self.config.train.batch_size
+        start = (index * self.accelerator.num_processes + self.accelerator.process_index) * size
+        return range(start, start + size)
+
+    def global_batch(self, data: TrainingData, step: int) -> list[int]:
+        return batch_at(
+            step,
+            buckets=data.buckets,
+            batch_size=self.global_batch_size,
+            seed=self.config.run.seed,
+            expert=self.expert,
+        )
+
+    def sample_names(self, data: TrainingData, step: int) -> list[str]:
+        return sorted({data.samples[i].clip for i in self.global_batch(data, step)})
+
+    @property
+    def global_batch_size(self) -> int:
+        settings = self.config.train
+        return settings.batch_size * settings.gradient_accumulation * self.accelerator.num_processes
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.expert(self.expert).steps
+
+    def save_state(self) -> None:
+        """Bring `state` up to date: weights and optimizer, copied to the CPU."""
+        self.state.weights = lora_weights(self.accelerator.unwrap_model(self.model))
+        self.state.optimizer = self.optimizer.state_dict()
+
+    def close(self) -> None:
+        """Give the device's memory back; the state stays."""
+        self.save_state()
+        self.state.optimizer = _on_cpu(self.state.optimizer)
+        self.model = self.optimizer = None
+        self.parameters = []
+        self.accelerator.free_memory()
+
+
+def flow_matching_loss(
+    model: Callable[..., tuple[Tensor, ...]], latents: Tensor, text: Tensor, draws: Draws, device: torch.device
+) -> Tensor:
+    """|| v(x_t, t, text) - (noise - latents) ||^2, the mean over clips [B, C, F, H, W]; text is [B, 512, D]."""
+    latents, noise, sigma = latents.to(device), draws.noise.to(device), draws.sigma.to(device)
+    predicted = model(
+        hidden_states=add_noise(latents, noise, sigma),
+        timestep=timestep(sigma),
+        encoder_hidden_states=text.to(device),
+        return_dict=False,
+    )[0]
+    return (predicted.float() - velocity(latents, noise)).square().mean()
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_on_cpu(item) for item in value]
+    return value

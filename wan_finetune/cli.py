@@ -1,0 +1,136 @@
+"""The command line `wan-finetune`: sample with adapters, convert adapter files, and say what a file is."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .errors import InputError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 when it is done, 2 for bad input."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(prog="wan-finetune", description="Adapters for both experts of Wan2.2.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    sampling = commands.add_parser("sample", help="make clips with a base model, with or without an adapter")
+    sampling.add_argument("--base", required=True, help='"pocket", a diffusers folder, or a Hub repository')
+    sampling.add_argument("--adapter", help="folder or Hub repository with the experts' two files")
+    sampling.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    sampling.add_argument("--seed", type=int, action="append", help="may be given several times; default 0")
+    sampling.add_argument("--strength", type=float, nargs="+", default=[1.0], help="of the adapter: one, or high low")
+    sampling.add_argument("--out", type=Path, default=Path("samples"), help="folder for clips and manifest")
+    sampling.add_argument("--size", default="832x480", help="width x height in pixels, multiples of 16")
+    sampling.add_argument("--frames", type=int, default=81, help="4n+1")
+    sampling.add_argument("--fps", type=float, default=16.0, help="frames a second of the file")
+    sampling.add_argument("--steps", type=int, default=40, help="sampler steps")
+    sampling.add_argument("--guidance", type=float, nargs="+", default=[4.0, 3.0], help="one, or high low")
+    sampling.add_argument("--shift", type=float, help="flow shift; default: what the adapter was previewed with, else the base's own (official: 12)")
+    sampling.add_argument("--negative", default="", help="what to steer away from")
+    sampling.set_defaults(command=sample_command)
+    exporting = commands.add_parser("export", help="write an adapter folder in another format")
+    exporting.add_argument("source", type=Path, help="adapter folder in the diffusers format")
+    exporting.add_argument("--format", choices=["diffusers", "comfyui"], required=True)
+    exporting.add_argument("--out", type=Path, required=True, help="folder for the new files")
+    exporting.set_defaults(command=export_command)
+    inspecting = commands.add_parser("inspect", help="say what an adapter file is")
+    inspecting.add_argument("file", type=Path)
+    inspecting.set_defaults(command=inspect_command)
+    return parser
+
+
+def pair(values: list[float], name: str) -> tuple[float, float]:
+    """One value for both experts, or (high, low)."""
+    if len(values) > 2:
+        raise InputError(f"{name} takes one number, or two (high low), got {len(values)}")
+    return values[0], values[-1]
+
+
+def sample_command(arguments: argparse.Namespace) -> None:
+    """Make clips and write them with their manifest."""
+    from pydantic import ValidationError
+
+    from .pipeline import load_pipeline
+    from .quiet import quiet_libraries
+    from .sampling import Request, SamplingSettings, sample, write_clips
+
+    quiet_libraries()
+    guidance, strength = pair(arguments.guidance, "--guidance"), pair(arguments.strength, "--strength")
+    width, _, height = arguments.size.partition("x")
+    shift = arguments.shift
+    pipe = load_pipeline(arguments.base, arguments.adapter, strength=strength, shift=shift)
+    try:
+        settings = SamplingSettings.model_validate(
+            {
+                "width": width,
+                "height": height,
+                "num_frames": arguments.frames,
+                "fps": arguments.fps,
+                "steps": arguments.steps,
+                "guidance_scale": guidance[0],
+                "guidance_scale_2": guidance[1],
+                "shift": pipe.scheduler.config.flow_shift,
+                "negative_prompt": arguments.negative,
+            }
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise InputError(f"{problem['loc'][0]}: {problem['msg']}, got {problem['input']!r}") from None
+    requests = [Request(prompt=p, seed=s) for p in arguments.prompt for s in arguments.seed or [0]]
+    clips = sample(pipe, requests, settings, lambda done: print(f"{done}/{len(requests)} clips", flush=True))
+    names = [f"{number:02d}-{request.seed}" for number, request in enumerate(requests)]
+    about = {"base": Path(arguments.base).name, "adapter": Path(arguments.adapter or "none").name}
+    for path in write_clips(arguments.out, requests, clips, names, settings, about):
+        print(path)
+
+
+def export_command(arguments: argparse.Namespace) -> None:
+    """Convert the adapters of a folder."""
+    from .experts import EXPERTS
+    from .formats import comfyui
+    from .formats import diffusers as diffusers_format
+    from .pipeline import read_adapters
+
+    write = {"diffusers": diffusers_format.write, "comfyui": comfyui.write}[arguments.format]
+    for adapter in read_adapters(arguments.source):
+        path = arguments.out / EXPERTS[adapter.expert].file_name
+        write(path, adapter)
+        print(path)
+
+
+def inspect_command(arguments: argparse.Namespace) -> None:
+    """Print format, expert, rank, alpha, targets, effect and the recorded facts."""
+    from .adapters import update_norms
+    from .formats import comfyui
+    from .formats import diffusers as diffusers_format
+    from .formats.files import open_checked
+
+    tensors, _ = open_checked(arguments.file)
+    is_comfyui = any(name.startswith(comfyui.PREFIX) for name in tensors)
+    adapter = (comfyui if is_comfyui else diffusers_format).read(arguments.file)
+    norms = update_norms(adapter)
+    strongest = max(norms, key=lambda name: norms[name])
+    facts = {
+        "format": "comfyui" if is_comfyui else "diffusers",
+        "expert": f"{adapter.expert} noise",
+        "rank": adapter.rank,
+        "alpha": f"{adapter.alpha:g}",
+        "modules": f"{len(norms)} ({', '.join(adapter.targets)})",
+        "update norm": f"{min(norms.values()):.3g} to {norms[strongest]:.3g} ({strongest})",
+        **adapter.about,
+    }
+    for name, value in facts.items():
+        print(f"{name:>16}  {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

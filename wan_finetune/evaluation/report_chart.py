@@ -1,0 +1,74 @@
+"""Loss curves as SVG, drawn by hand so that the report needs no library and no network."""
+
+import html
+import math
+
+SMOOTHING = 0.06
+"""Share of the curve's length over which the loss is averaged."""
+MAX_POINTS = 600
+"""Points drawn per curve; a screen shows no more."""
+CHART = (520, 260, 46, 14, 34, 14)
+"""Width, height and the margins left, right, bottom, top of a loss curve."""
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Three significant digits and the unit; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:.{digits}f}{' ' if unit and unit != '%' else ''}{html.escape(unit)}"
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """About four round values inside the range."""
+    rough = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def chart(expert: str, steps: list[int], loss: list[float], place: int) -> str:
+    """One expert's loss as SVG: every step faint, the running mean bold."""
+    points = [(s, v) for s, v in zip(steps, loss, strict=True) if math.isfinite(v)]
+    if len(points) < 2 or points[0][0] == points[-1][0]:
+        return ""
+    width, height, left, right, bottom, top = CHART
+    reach = max(1, round(SMOOTHING * len(points)))
+    values = [value for _, value in points]
+    # A centred mean, shorter at the ends, starts where the curve starts and lags behind nothing.
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    mean = [sum(window) / len(window) for window in windows]
+    ranked = sorted(values)
+    low, high = min(ranked[len(ranked) // 50], *mean), max(ranked[-1 - len(ranked) // 50], *mean)
+    pad = 0.08 * (high - low) or 0.5 * abs(high) or 0.5
+    low, high = low - pad, high + pad
+    first, last = points[0][0], points[-1][0]
+
+    def x(step: float) -> float:
+        return left + (step - first) / (last - first) * (width - left - right)
+
+    def y(value: float) -> float:
+        return top + (high - min(max(value, low), high)) / (high - low) * (height - top - bottom)
+
+    every = max(1, len(points) // MAX_POINTS)
+    line = [
+        " ".join(f"{x(s):.1f},{y(v):.1f}" for (s, _), v in list(zip(points, row))[::every]) for row in (values, mean)
+    ]
+    across = "".join(
+        f'<line x1="{left}" x2="{width - right}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
+        f'<text x="{left - 8}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.4g}</text>'
+        for v in ticks(low, high)
+    )
+    along = "".join(
+        f'<text x="{x(s):.1f}" y="{height - 14}" text-anchor="middle">{s:g}</text>'
+        for s in ticks(first, last)
+        if s == int(s)
+    )
+    label = f"Loss of the {expert} expert over {last} steps, from {number(mean[0])} to {number(mean[-1])}"
+    return (
+        f'<figure class="chart c{place % 2}"><figcaption><strong>{html.escape(expert)}</strong>'
+        f'<span class="key">running mean</span><span class="key raw">each step</span></figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}"><g class="axis">{across}{along}'
+        f'<text x="{width - right}" y="{height - 1}" text-anchor="end">steps</text></g>'
+        f'<polyline class="raw" points="{line[0]}"/><polyline class="mean" points="{line[1]}"/></svg></figure>'
+    )

@@ -1,0 +1,64 @@
+"""Flow matching as Wan trains it, restricted to one expert's noise levels.
+
+    x_t = (1 - sigma) x_0 + sigma noise,   target = noise - x_0,   t = 1000 sigma
+    sigma = s u / (1 + (s - 1) u),         u uniform (the shift s of Esser et al. 2024, arXiv:2403.03206)
+
+Everything here is fp32: in bf16 the high expert's range has some 32 distinct values.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .spec import NUM_TRAIN_TIMESTEPS
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Noise levels sigma of one expert: low <= sigma <= high, within [0, 1]."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.low < self.high <= 1.0:
+            raise ValueError(f"interval must satisfy 0 <= low < high <= 1, got {self.low}, {self.high}")
+
+
+def shift_time(u: Tensor, shift: float) -> Tensor:
+    """Uniform time u in [0, 1] -> sigma in [0, 1], any shape."""
+    return shift * u / (1.0 + (shift - 1.0) * u)
+
+
+def unshift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """The inverse of `shift_time`."""
+    return sigma / (shift - (shift - 1.0) * sigma)
+
+
+def sample_sigma(u: Tensor, interval: Interval, shift: float) -> Tensor:
+    """Uniform draws u, [B] in [0, 1), -> noise levels inside the interval, [B] fp32.
+
+    Time is restricted before the shift: this is exactly the shifted density given the expert, and nothing is
+    rejected. Rounding never leaves the interval: the boundary belongs to the high expert, as in `WanPipeline`.
+    """
+    edges = unshift_sigma(torch.tensor([interval.low, interval.high], dtype=torch.float64), shift)
+    sigma = shift_time(edges[0] + (edges[1] - edges[0]) * u.double(), shift).float()
+    below_high = torch.nextafter(torch.tensor(interval.high), torch.tensor(0.0))
+    return sigma.clamp(torch.tensor(interval.low), below_high if interval.high < 1.0 else torch.tensor(1.0))
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """x_t for latents and noise [B, C, F, H, W] at noise levels [B]."""
+    s = sigma.view(-1, 1, 1, 1, 1)
+    return (1.0 - s) * latents + s * noise
+
+
+def velocity(latents: Tensor, noise: Tensor) -> Tensor:
+    """The regression target, the shape of both."""
+    return noise - latents
+
+
+def timestep(sigma: Tensor) -> Tensor:
+    """The t that the denoiser is given, fp32 in [0, 1000]."""
+    return sigma * NUM_TRAIN_TIMESTEPS

@@ -1,0 +1,110 @@
+"""A ready `WanPipeline`: the base with both experts' adapters in."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+
+from .errors import InputError
+from .experts import EXPERTS, base_folder
+from .formats import diffusers as diffusers_format
+
+if TYPE_CHECKING:
+    from .adapters import Adapter
+
+ADAPTER_NAME = "brand"
+COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
+
+
+def load_pipeline(
+    base: str,
+    adapter: str | Path | None = None,
+    *,
+    strength: float | tuple[float, float] = 1.0,
+    shift: float | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> WanPipeline:
+    """Open a base model and put the adapters of both experts in.
+
+    Args:
+        base: `pocket`, a diffusers folder, or a repository of the Hub.
+        adapter: a folder or a Hub repository with `high_noise.safetensors`, `low_noise.safetensors` or both.
+        strength: of the adapters; one number, or (high, low).
+        shift: flow shift of the UniPC sampler. Left out: the one the adapter was previewed with, else the base's own.
+        dtype: of the denoisers and the text encoder; bf16 on a GPU and fp32 on a CPU when left out. The autoencoder
+            is always fp32.
+        device: `cuda`, `cpu`, ...; a GPU when there is one.
+
+    Raises:
+        InputError: for a base or adapter that is missing, damaged, or of the wrong expert.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    folder = base_folder(base, COMPONENTS, revision)
+    adapters = read_adapters(adapter) if adapter is not None else []
+    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(folder, vae=vae, torch_dtype=dtype)
+    recorded = next((a.about["sampling_shift"] for a in adapters if "sampling_shift" in a.about), None)
+    if shift is None and recorded is not None:
+        shift = float(recorded)
+    set_shift(pipe, shift)
+    add_adapters(pipe, adapters, strength)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def set_shift(pipe: WanPipeline, shift: float | None) -> None:
+    """Make UniPC the sampler, with this flow shift or the one it has."""
+    changes = {} if shift is None else {"flow_shift": shift}
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, **changes)
+
+
+def read_adapters(source: str | Path) -> "list[Adapter]":
+    """The adapters in a folder or Hub repository, at least one."""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = fetch_adapters(str(source))
+    found = [e for e in EXPERTS.values() if (folder / e.file_name).is_file()]
+    if not found:
+        names = " nor ".join(e.file_name for e in EXPERTS.values())
+        raise InputError(f"{folder}: has neither {names}; an adapter folder holds one or both")
+    return [diffusers_format.read(folder / e.file_name, e.name) for e in found]
+
+
+def fetch_adapters(repository: str) -> Path:
+    """Bring an adapter repository's two files into the local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=[e.file_name for e in EXPERTS.values()]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"adapter {repository!r} is neither a folder here nor a repository that can be had "
+            f"({type(error).__name__}); check the name and your login"
+        ) from error
+
+
+def add_adapters(
+    pipe: WanPipeline, adapters: "list[Adapter]", strength: float | tuple[float, float] = 1.0
+) -> None:
+    """Inject adapters into the experts they belong to, every key matched."""
+    from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+    strengths = dict(zip(EXPERTS, strength if isinstance(strength, tuple) else (strength, strength), strict=True))
+    for adapter in adapters:
+        model = getattr(pipe, EXPERTS[adapter.expert].component)
+        config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets))
+        model.add_adapter(config, ADAPTER_NAME)
+        expected = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME)
+        shapes = {name: value.shape for name, value in expected.items()}
+        if shapes != {name: value.shape for name, value in adapter.weights.items()}:
+            raise InputError(
+                f"the {adapter.expert}-noise adapter does not fit this base: its modules or sizes differ "
+                f"({len(adapter.weights)} weights against {len(shapes)})"
+            )
+        set_peft_model_state_dict(model, dict(adapter.weights), adapter_name=ADAPTER_NAME)
+        model.set_adapters(ADAPTER_NAME, strengths[adapter.expert])

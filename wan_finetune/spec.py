@@ -1,0 +1,34 @@
+"""Numbers of Wan2.2-T2V-A14B that everything agrees on (sources: Wan-Video/Wan2.2, diffusers' Wan classes)."""
+
+TEXT_TOKENS = 512
+"""Rows of the text embedding: cut to the true length, then zero-padded to this and attended unmasked."""
+
+TEMPORAL_STRIDE = 4
+"""Frames in one latent frame; a clip has 4n+1 frames."""
+
+SPATIAL_MULTIPLE = 16
+"""Width and height are multiples of this: the autoencoder's stride of 8 times the denoiser's patch of 2."""
+
+NUM_TRAIN_TIMESTEPS = 1000
+"""t = 1000 sigma."""
+
+LORA_TARGETS = (
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "attn2.to_q",
+    "attn2.to_k",
+    "attn2.to_v",
+    "attn2.to_out.0",
+    "ffn.net.0.proj",
+    "ffn.net.2",
+)
+"""The Linears of a block that carry LoRA: self-attention, cross-attention, feed-forward."""
+
+STOCK_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""Wan's own negative prompt. It names style, artwork and vivid colour, so it may fight a brand's look."""

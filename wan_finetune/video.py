@@ -1,0 +1,159 @@
+"""Video files in and out: the one place that touches a codec (with `probing`, which chooses the reader).
+
+decord is the reader where it is exact; PyAV, which selects frames by presentation time, reads everything else.
+Which of the two is settled once per file, because decord's wrong frames come without an error.
+"""
+
+import math
+import os
+import secrets
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from .probing import Reader, VideoFault, VideoInfo, open_container, probe
+
+__all__ = [
+    "Reader",
+    "VideoFault",
+    "VideoInfo",
+    "frame_indices",
+    "probe",
+    "read_frames",
+    "read_video",
+    "write_video",
+]
+
+
+def frame_indices(info: VideoInfo, *, start_seconds: float, num_frames: int, fps: float) -> NDArray[np.int64]:
+    """Indices [num_frames] of the frames on display at start + k / fps, whatever the clip's own rate.
+
+    Raises:
+        VideoFault: the clip ends before the last of these times.
+    """
+    times = start_seconds + np.arange(num_frames) / fps
+    if times[0] < 0 or times[-1] >= info.duration_seconds - info.tolerance_seconds:
+        raise VideoFault(
+            info.path,
+            f"needs {num_frames} frames at {fps:g} fps from {start_seconds:g} s, that is until {times[-1]:g} s, "
+            f"and lasts {info.duration_seconds:.3f} s; use a longer clip or fewer frames",
+        )
+    return np.searchsorted(info.pts_seconds, times + info.tolerance_seconds, side="right") - 1
+
+
+def read_frames(info: VideoInfo, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Frames [F, H, W, 3], RGB, for indices in any order, repeats allowed.
+
+    Raises:
+        VideoFault: the decoder fails or gives fewer frames than the file announces.
+    """
+    wanted, inverse = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
+    if len(wanted) == 0 or wanted[0] < 0 or wanted[-1] >= info.num_frames:
+        raise VideoFault(info.path, f"frame indices must be in 0..{info.num_frames - 1}, got {np.asarray(indices)}")
+    try:
+        frames = _read_decord(info, wanted) if info.reader == "decord" else _read_pyav(info, wanted)
+    except VideoFault:
+        raise
+    except Exception as error:
+        raise VideoFault(
+            info.path, f"{info.reader} cannot decode it ({type(error).__name__}); export it again"
+        ) from error
+    if frames.shape != (len(wanted), info.height, info.width, 3):
+        raise VideoFault(
+            info.path,
+            f"{info.reader} gave {frames.shape[0]} frames of {frames.shape[1:]}, {len(wanted)} of "
+            f"{(info.height, info.width, 3)} were due: damaged, or its size changes; export it again",
+        )
+    return np.ascontiguousarray(frames[inverse])
+
+
+def _read_decord(info: VideoInfo, wanted: NDArray[np.int64]) -> NDArray[np.uint8]:
+    import decord
+
+    # Opened per call: a live reader that a forked worker inherits aborts or hangs it.
+    reader = decord.VideoReader(str(info.path.absolute()), num_threads=1)
+    return np.asarray(reader.get_batch(wanted.tolist()).asnumpy())
+
+
+def _read_pyav(info: VideoInfo, wanted: NDArray[np.int64]) -> NDArray[np.uint8]:
+    found: dict[int, NDArray[np.uint8]] = {}
+    if info.ticks is not None and wanted[0] > 0:
+        found = _collect(info, wanted, seek=True)
+    if len(found) < len(wanted):
+        found = _collect(info, wanted, seek=False)
+    missing = [int(index) for index in wanted if int(index) not in found]
+    if missing:
+        raise VideoFault(
+            info.path, f"{len(missing)} frames cannot be decoded, the first is number {missing[0]}; export it again"
+        )
+    return np.stack([found[int(index)] for index in wanted])
+
+
+def _collect(info: VideoInfo, wanted: NDArray[np.int64], *, seek: bool) -> dict[int, NDArray[np.uint8]]:
+    """Decode from the key frame before the first wanted frame, or from the start, until all are found."""
+    due = {int(info.ticks[index]) if info.ticks is not None else int(index): int(index) for index in wanted}
+    found: dict[int, NDArray[np.uint8]] = {}
+    with open_container(info.path) as container:
+        stream = container.streams.video[0]
+        if seek:
+            container.seek(min(due), stream=stream, backward=True)
+        # Pictures that lead the key frame a seek lands on refer to frames never decoded: wrong, but not flagged.
+        usable = not seek
+        for count, frame in enumerate(container.decode(stream)):
+            usable = usable or frame.key_frame
+            position = count if info.ticks is None else frame.pts
+            if usable and not frame.is_corrupt and position in due:
+                pixels = frame.to_ndarray(format="rgb24")
+                found[due[position]] = np.rot90(pixels, info.rotation_degrees // 90)
+            if len(found) == len(due):
+                break
+    return found
+
+
+def read_video(path: Path) -> tuple[NDArray[np.uint8], float]:
+    """All frames [F, H, W, 3], RGB, and their rate in frames a second. Raises VideoFault."""
+    info = probe(path)
+    return read_frames(info, np.arange(info.num_frames)), info.fps
+
+
+def write_video(path: Path, frames: NDArray[np.uint8], fps: float, crf: int = 14) -> None:
+    """Write frames [F, H, W, 3], RGB, as H.264 (yuv420p, BT.709, closed GOP) in an mp4 that starts before it is loaded.
+
+    Equal frames give equal bytes. The file appears under its name only when it is complete.
+
+    Raises:
+        VideoFault: frames of another shape or type, an odd size, or a rate that is not positive.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) == 0:
+        raise VideoFault(path, f"frames must be uint8 [F, H, W, 3] with F >= 1, got {frames.dtype} {frames.shape}")
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise VideoFault(path, f"H.264 needs an even width and height, got {width}x{height}; crop by one pixel")
+    if not (math.isfinite(fps) and fps > 0):
+        raise VideoFault(path, f"fps must be positive, got {fps}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        _encode(partial, frames, Fraction(fps).limit_denominator(1001), crf)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _encode(path: Path, frames: NDArray[np.uint8], rate: Fraction, crf: int) -> None:
+    container_options = {"movflags": "+faststart", "fflags": "+bitexact"}
+    # x264's rate control depends on its number of threads, which by default is the machine's.
+    codec_options = {"crf": str(crf), "x264-params": "open-gop=0:threads=4:lookahead-threads=1", "flags": "+bitexact"}
+    with av.open(str(path.absolute()), "w", format="mp4", options=container_options) as container:
+        stream = container.add_stream("libx264", rate=rate, options=codec_options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        context = stream.codec_context
+        # Without these tags players guess the matrix from the size, and colours shift.
+        context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+        context.color_range = 1  # limited
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+        container.mux(stream.encode(None))
