@@ -100,7 +100,7 @@ class EvaluationSettings(Settings):
     """How the look and the content are judged."""
 
     content: str | None = None
-    """`module:function` that says of (frames, prompt) which attributes hold; only worlds that can be judged have one."""
+    """`module:function` that says which attributes of a prompt a clip shows; for worlds that can be judged."""
     prompts: tuple[str, ...] = ()
     """Prompts that training never saw; the figures come from these."""
     seeds: tuple[int, ...] = (0,)

@@ -154,4 +154,3 @@ def training_fingerprint(config: Config, data: TrainingData) -> str:
     settings["caption_dropout"] = config.data.caption_dropout
     settings["samples"] = [[s.latent_key, *s.captions] for s in data.samples]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-

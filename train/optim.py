@@ -13,14 +13,16 @@ from .config import TrainSettings
 
 def make_optimizer(parameters: Iterable[Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
     """The optimizer of one expert's LoRA weights; its rate is set before each step."""
-    arguments = {"lr": 0.0, "betas": (0.9, 0.99), "weight_decay": settings.weight_decay}
+    betas, decay = (0.9, 0.99), settings.weight_decay
     if settings.optimizer == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError:
-            raise InputError('train.optimizer = "adamw8bit" needs bitsandbytes: pip install "wan-finetune[bnb]"') from None
-        return AdamW8bit(parameters, **arguments)
-    return torch.optim.AdamW(parameters, fused=True, **arguments)
+            raise InputError(
+                'train.optimizer = "adamw8bit" needs bitsandbytes: pip install "wan-finetune[bnb]"'
+            ) from None
+        return AdamW8bit(parameters, lr=0.0, betas=betas, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=0.0, betas=betas, weight_decay=decay, fused=True)
 
 
 def learning_rate(step: int, peak: float, steps: int, settings: TrainSettings) -> float:

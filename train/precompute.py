@@ -5,6 +5,7 @@ import gc
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -75,7 +76,7 @@ class Encoders:
             self.loaded_text = TextEncoder(self.base, self.device, self.dtype)
         return self.loaded_text(caption)
 
-    def video(self, frames) -> torch.Tensor:
+    def video(self, frames: np.ndarray) -> torch.Tensor:
         if self.loaded_video is None:
             self.loaded_text = None
             gc.collect()

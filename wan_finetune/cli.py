@@ -34,7 +34,11 @@ def make_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--fps", type=float, default=16.0, help="frames a second of the file")
     sampling.add_argument("--steps", type=int, default=40, help="sampler steps")
     sampling.add_argument("--guidance", type=float, nargs="+", default=[4.0, 3.0], help="one, or high low")
-    sampling.add_argument("--shift", type=float, help="flow shift; default: what the adapter was previewed with, else the base's own (official: 12)")
+    sampling.add_argument(
+        "--shift",
+        type=float,
+        help="flow shift; default: what the adapter was previewed with, else the base's own (official: 12)",
+    )
     sampling.add_argument("--negative", default="", help="what to steer away from")
     sampling.set_defaults(command=sample_command)
     exporting = commands.add_parser("export", help="write an adapter folder in another format")

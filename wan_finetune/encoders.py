@@ -15,7 +15,7 @@ class VideoEncoder:
     """Frames -> the raw latent: the posterior's mean, in fp32."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32).to(device)
+        self.vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32).to(device)
         self.vae.requires_grad_(False).eval()
 
     @torch.inference_mode()

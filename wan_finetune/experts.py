@@ -113,5 +113,5 @@ def load_expert(folder: Path, expert: Expert, dtype: "torch.dtype") -> "WanTrans
     """One expert's base, frozen, in `dtype`; diffusers keeps time path, norms and modulation in fp32."""
     from diffusers import WanTransformer3DModel
 
-    model = WanTransformer3DModel.from_pretrained(folder, subfolder=expert.component, torch_dtype=dtype)
+    model = WanTransformer3DModel.from_pretrained(folder, subfolder=expert.component, dtype=dtype)
     return model.requires_grad_(False).eval()

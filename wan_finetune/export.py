@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
 from .adapters import Adapter
@@ -47,7 +47,8 @@ def verify_adapter_folder(base: str, folder: Path, adapters: Sequence[Adapter], 
         if not same or (read_back.alpha, read_back.rank) != (adapter.alpha, adapter.rank):
             raise RuntimeError(f"{folder / expert.file_name}: what was read back is not what was trained")
         outputs = {}
-        for kind, file in (("diffusers", folder / expert.file_name), ("comfyui", folder / "comfyui" / expert.file_name)):
+        files = {"diffusers": folder / expert.file_name, "comfyui": folder / "comfyui" / expert.file_name}
+        for kind, file in files.items():
             if not file.is_file():
                 continue
             model = load_expert(base_path, expert, torch.float32)
@@ -61,22 +62,26 @@ def verify_adapter_folder(base: str, folder: Path, adapters: Sequence[Adapter], 
             raise RuntimeError(f"{folder / 'comfyui' / expert.file_name}: gives another output than the diffusers file")
 
 
-def load_with_diffusers(model: torch.nn.Module, file: Path) -> None:
+def load_with_diffusers(model: WanTransformer3DModel, file: Path) -> None:
     """`WanPipeline.load_lora_weights`, on a pipeline that holds just this expert."""
     state, metadata = WanPipeline.lora_state_dict(str(file), return_lora_metadata=True)
     WanPipeline.load_lora_into_transformer(state, transformer=model, adapter_name="check", metadata=metadata)
 
 
-def require_every_target(model: torch.nn.Module, adapter: Adapter, file: Path) -> None:
+def require_every_target(model: WanTransformer3DModel, adapter: Adapter, file: Path) -> None:
     """Every module that was trained carries a LoRA now, none is missing, none is zero."""
-    found = {name.rsplit(".lora_B.check", 1)[0] for name, p in model.named_parameters() if ".lora_B.check" in name and p.any()}
+    found = {
+        name.rsplit(".lora_B.check", 1)[0]
+        for name, p in model.named_parameters()
+        if ".lora_B.check" in name and p.any()
+    }
     wanted = {name.split(".lora_")[0] for name in adapter.weights}
     if found != wanted:
         raise RuntimeError(f"{file}: reached {len(found & wanted)} of {len(wanted)} modules in diffusers")
 
 
 @torch.inference_mode()
-def probe_output(model: torch.nn.Module, base: Path, adapter: Adapter) -> Tensor:
+def probe_output(model: WanTransformer3DModel, base: Path, adapter: Adapter) -> Tensor:
     """The expert's output on fixed noise, at a noise level of its own interval."""
     interval = EXPERTS[adapter.expert].interval(boundary_ratio(base))
     generator = torch.Generator().manual_seed(0)

@@ -44,8 +44,20 @@ def sample_sigma(u: Tensor, interval: Interval, shift: float) -> Tensor:
     """
     edges = unshift_sigma(torch.tensor([interval.low, interval.high], dtype=torch.float64), shift)
     sigma = shift_time(edges[0] + (edges[1] - edges[0]) * u.double(), shift).float()
-    below_high = torch.nextafter(torch.tensor(interval.high), torch.tensor(0.0))
-    return sigma.clamp(torch.tensor(interval.low), below_high if interval.high < 1.0 else torch.tensor(1.0))
+    top = torch.tensor(1.0)
+    if interval.high < 1.0:
+        top = torch.nextafter(first_sigma_at(interval.high * NUM_TRAIN_TIMESTEPS), torch.tensor(0.0))
+    return sigma.clamp(first_sigma_at(interval.low * NUM_TRAIN_TIMESTEPS), top)
+
+
+def first_sigma_at(t: float) -> Tensor:
+    """The smallest fp32 noise level whose fp32 timestep reaches `t`, so that both sides of a boundary agree on it."""
+    sigma, zero, one = torch.tensor(t / NUM_TRAIN_TIMESTEPS, dtype=torch.float32), torch.tensor(0.0), torch.tensor(1.0)
+    while sigma > 0 and timestep(torch.nextafter(sigma, zero)) >= t:
+        sigma = torch.nextafter(sigma, zero)
+    while timestep(sigma) < t:
+        sigma = torch.nextafter(sigma, one)
+    return sigma
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

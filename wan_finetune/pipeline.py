@@ -1,5 +1,6 @@
 """A ready `WanPipeline`: the base with both experts' adapters in."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,8 +46,8 @@ def load_pipeline(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder = base_folder(base, COMPONENTS, revision)
     adapters = read_adapters(adapter) if adapter is not None else []
-    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
-    pipe = WanPipeline.from_pretrained(folder, vae=vae, torch_dtype=dtype)
+    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(folder, vae=vae, dtype=dtype)
     recorded = next((a.about["sampling_shift"] for a in adapters if "sampling_shift" in a.about), None)
     if shift is None and recorded is not None:
         shift = float(recorded)
@@ -88,9 +89,7 @@ def fetch_adapters(repository: str) -> Path:
         ) from error
 
 
-def add_adapters(
-    pipe: WanPipeline, adapters: "list[Adapter]", strength: float | tuple[float, float] = 1.0
-) -> None:
+def add_adapters(pipe: WanPipeline, adapters: "Sequence[Adapter]", strength: float | tuple[float, float] = 1.0) -> None:
     """Inject adapters into the experts they belong to, every key matched."""
     from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 

@@ -65,9 +65,7 @@ def parse_override(override: str) -> tuple[tuple[str, ...], Any]:
     return tuple(name.strip().split(".")), parsed
 
 
-def explain(
-    problem: Any, model: type[Settings], path: Path, text: str, origin: dict[tuple[str, ...], str]
-) -> str:
+def explain(problem: Any, model: type[Settings], path: Path, text: str, origin: dict[tuple[str, ...], str]) -> str:
     """One pydantic error as one line: where, what, and what is near."""
     location = tuple(part for part in problem["loc"] if isinstance(part, str))
     dotted = ".".join(str(part) for part in problem["loc"])

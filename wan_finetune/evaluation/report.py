@@ -7,6 +7,7 @@ mailed and opened from a folder. A video that appears twice is stored once (`dat
 import base64
 import hashlib
 import html
+import itertools
 import math
 import os
 import re
@@ -58,6 +59,7 @@ class Figure:
     adapter: float | None
     unit: str = ""
     better: Literal["lower", "higher", "same"] = "lower"
+    """`lower` is for distances (nearer, farther), `higher` for merits (gained, lost), `same` for what should stay."""
     meaning: str = ""
     """One plain sentence for somebody who has never trained a model."""
 
@@ -120,7 +122,9 @@ def verdict(figure: Figure) -> tuple[str, str, str]:
     if base is None or adapter is None or not math.isfinite(base) or not math.isfinite(adapter):
         return "–", "not measured", "even"
     change = (adapter - base) / abs(base) if base else math.copysign(math.inf, adapter) if adapter else 0.0
-    shown = f"{change:+.0%}".replace("-", "−") if math.isfinite(change) else number(adapter - base)
+    relative = figure.unit != "%" and math.isfinite(change)
+    shown = (f"{change:+.0%}" if relative else f"{adapter - base:+.3g}").replace("-", "−")
+    shown += " points" if figure.unit == "%" else ""
     if figure.better == "same":
         if abs(change) <= TOLERATED:
             return shown, "kept", "good"
@@ -138,7 +142,7 @@ def meter(panel: Panel, farthest: float) -> str:
     if base is None or adapter is None or not math.isfinite(base) or not math.isfinite(adapter):
         return ""
     before, after = (100.0 * min(max(value / farthest, 0.0), 1.0) for value in (base, adapter))
-    word = "nearer" if adapter < base else "farther"
+    word = "unchanged" if abs(adapter - base) < 0.01 * abs(base) else "nearer" if adapter < base else "farther"
     label = f"Distance to the brand: {number(base)} before, {number(adapter)} with the adapter, {word}"
     left, width = min(before, after), abs(before - after)
     return (
@@ -151,7 +155,8 @@ def meter(panel: Panel, farthest: float) -> str:
 def card(panel: Panel, shots: list[tuple[str, Path, str]], videos: Videos, foot: str) -> str:
     """Clips of one prompt and seed side by side; shots are (caption, clip, class)."""
     figures = "".join(
-        f'<figure class="{kind}">{videos.element(path, f"{name}: {panel.prompt}")}<figcaption>{name}</figcaption></figure>'
+        f'<figure class="{kind}">{videos.element(path, f"{name}: {panel.prompt}")}'
+        f"<figcaption>{name}</figcaption></figure>"
         for name, path, kind in shots
     )
     head = f"<h3>{spoken(panel.prompt)}<small>seed {panel.seed}</small></h3>"
@@ -196,19 +201,21 @@ def section(title: str, note: str, body: str) -> str:
 def page(report: Report) -> Iterator[str]:
     """The document, piece by piece."""
     videos = Videos()
-    known = [panel for panel in report.panels if panel.base_nearness is not None and panel.adapter_nearness is not None]
-    distances = [
-        value for panel in known for value in (panel.base_nearness, panel.adapter_nearness) if value is not None
-    ]
-    farthest = max([value for value in distances if math.isfinite(value)], default=1.0) or 1.0
-    nearer = sum((panel.adapter_nearness or 0.0) < (panel.base_nearness or 0.0) for panel in known)
+    pairs = [(panel.base_nearness, panel.adapter_nearness) for panel in report.panels]
+    known = [(b, a) for b, a in pairs if b is not None and a is not None and math.isfinite(b + a)]
+    farthest = max(1e-9, *itertools.chain.from_iterable(known), 0.0)
+    nearer = sum(after < before for before, after in known)
     tally = f"<p class=tally><b>{nearer} of {len(known)}</b> clips moved nearer to the brand.</p>" if known else ""
 
     yield '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    yield '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    yield '<meta name="color-scheme" content="light dark">'
     yield f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,">'
     yield f"<title>{text(report.title)}</title><style>{STYLE}</style></head>\n<body><main>"
-    yield f"<header><p class=title>{spoken(report.title)}</p><h1>{spoken(without_folders(report.summary))}</h1>{tally}</header>\n"
+    yield f"<header><p class=title>{spoken(report.title)}</p>"
+    # A number and its per cent sign stay on one line.
+    headline = without_folders(report.summary).replace(" %", "\u00a0%")
+    yield f"<h1>{spoken(headline)}</h1>{tally}</header>\n"
 
     strip = "".join(f"<figure>{videos.element(path, 'A clip of the brand')}</figure>" for path in report.reference)
     yield section("The brand", "What the adapter learned from.", strip and f'<div class="shots strip">{strip}</div>')

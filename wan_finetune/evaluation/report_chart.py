@@ -1,13 +1,14 @@
 """Loss curves as SVG, drawn by hand so that the report needs no library and no network."""
 
 import html
+import itertools
 import math
 
 SMOOTHING = 0.06
 """Share of the curve's length over which the loss is averaged."""
 MAX_POINTS = 600
 """Points drawn per curve; a screen shows no more."""
-CHART = (520, 260, 46, 14, 34, 14)
+CHART = (520, 260, 46, 24, 34, 14)
 """Width, height and the margins left, right, bottom, top of a loss curve."""
 
 
@@ -20,8 +21,8 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """About four round values inside the range."""
-    rough = (high - low) / 4
+    """Three to seven round values inside the range."""
+    rough = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
     return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
@@ -36,8 +37,9 @@ def chart(expert: str, steps: list[int], loss: list[float], place: int) -> str:
     reach = max(1, round(SMOOTHING * len(points)))
     values = [value for _, value in points]
     # A centred mean, shorter at the ends, starts where the curve starts and lags behind nothing.
-    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
-    mean = [sum(window) / len(window) for window in windows]
+    total = [0.0, *itertools.accumulate(values)]
+    spans = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
+    mean = [(total[end] - total[start]) / (end - start) for start, end in spans]
     ranked = sorted(values)
     low, high = min(ranked[len(ranked) // 50], *mean), max(ranked[-1 - len(ranked) // 50], *mean)
     pad = 0.08 * (high - low) or 0.5 * abs(high) or 0.5
@@ -51,9 +53,11 @@ def chart(expert: str, steps: list[int], loss: list[float], place: int) -> str:
         return top + (high - min(max(value, low), high)) / (high - low) * (height - top - bottom)
 
     every = max(1, len(points) // MAX_POINTS)
-    line = [
-        " ".join(f"{x(s):.1f},{y(v):.1f}" for (s, _), v in list(zip(points, row))[::every]) for row in (values, mean)
-    ]
+    places = [x(step) for step, _ in points]
+    raw, smooth = (
+        " ".join(f"{place:.1f},{y(v):.1f}" for place, v in zip(places[::every], row[::every], strict=True))
+        for row in (values, mean)
+    )
     across = "".join(
         f'<line x1="{left}" x2="{width - right}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
         f'<text x="{left - 8}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.4g}</text>'
@@ -62,13 +66,13 @@ def chart(expert: str, steps: list[int], loss: list[float], place: int) -> str:
     along = "".join(
         f'<text x="{x(s):.1f}" y="{height - 14}" text-anchor="middle">{s:g}</text>'
         for s in ticks(first, last)
-        if s == int(s)
+        if s == int(s) and x(s) > left + 40
     )
     label = f"Loss of the {expert} expert over {last} steps, from {number(mean[0])} to {number(mean[-1])}"
     return (
         f'<figure class="chart c{place % 2}"><figcaption><strong>{html.escape(expert)}</strong>'
         f'<span class="key">running mean</span><span class="key raw">each step</span></figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}"><g class="axis">{across}{along}'
-        f'<text x="{width - right}" y="{height - 1}" text-anchor="end">steps</text></g>'
-        f'<polyline class="raw" points="{line[0]}"/><polyline class="mean" points="{line[1]}"/></svg></figure>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">'
+        f'<g class="axis">{across}{along}<text x="{left}" y="{height - 14}" text-anchor="middle">steps</text></g>'
+        f'<polyline class="raw" points="{raw}"/><polyline class="mean" points="{smooth}"/></svg></figure>'
     )

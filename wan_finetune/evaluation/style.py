@@ -5,6 +5,7 @@ units times stated weights), so that a distance measured today compares with one
 Every number is read from areas relative to the picture's short side, so 64x64 and 832x480 footage share one ruler.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ TONE_WIDTH = 15.0
 LIGHTNESS = (0.02, 0.25, 0.5, 0.75, 0.98)
 """Quantiles of lightness: black level, tone curve, white level."""
 TINT_PRIOR = 0.1
-"""Share of a clip's cells that its mean tint counts for where a tone hardly occurs in the clip, or only in one object."""
+"""Weight of the clip's mean tint, as a share of its cells, where a tone hardly occurs or only in one object."""
 
 WEIGHTS = {"tint": 1.0, "palette": 1.0, "tone": 0.5, "edge": 1.0, "texture": 2.0}
 """What a group counts for, per root mean square of its differences in Lab units. Tone is mostly content, so it counts
@@ -65,7 +66,7 @@ def box_weights(size: int, cells: int) -> np.ndarray:
     seams = np.linspace(0.0, size, cells + 1)[:, None]
     pixel = np.arange(size)
     overlap = np.minimum(seams[1:], pixel + 1) - np.maximum(seams[:-1], pixel)
-    return np.clip(overlap, 0.0, None) * cells / size
+    return np.asarray(np.clip(overlap, 0.0, None) * cells / size)
 
 
 def to_grid(frames: np.ndarray, short_side: int) -> np.ndarray:
@@ -111,9 +112,9 @@ def look_groups(frames: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     yield "palette", np.concatenate([mean_tint, chroma.std(axis=0), [np.hypot(*chroma.T).mean()]])
     yield "tone", np.concatenate([np.quantile(lightness, LIGHTNESS), [lightness.std()]])
 
-    rings = [cells[:, (depth >= inner) & (depth < outer)].reshape(-1, 3) for inner, outer in zip(RINGS, RINGS[1:])]
+    rings = [cells[:, (depth >= inner) & (depth < outer)].reshape(-1, 3) for inner, outer in itertools.pairwise(RINGS)]
     means = np.stack([ring.mean(axis=0) for ring in rings])
-    # The outer rings as they are, since a frame has a colour; all of them against the middle, since a vignette has none.
+    # The outer rings as they are, since a frame has a colour; all against the middle, since a vignette has none.
     falloff = means[:-1, 0] - means[-1, 0]
     spread = [ring.std(axis=0).mean() for ring in rings[:3]]
     yield "edge", np.concatenate([means[:3].ravel(), falloff, spread])
@@ -137,7 +138,7 @@ def describe(frames: np.ndarray) -> np.ndarray:
 
 def pairwise(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Euclidean distances between rows, [N, D] and [M, D] -> [N, M]."""
-    return np.linalg.norm(x[:, None, :] - y[None, :, :], axis=-1)
+    return np.asarray(np.linalg.norm(x[:, None, :] - y[None, :, :], axis=-1))
 
 
 def within(x: np.ndarray) -> float:
@@ -158,7 +159,11 @@ def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def look_distance(samples: list[np.ndarray], reference: list[np.ndarray]) -> float:
-    """Energy distance between the looks of two sets of clips, each uint8 [F, H, W, 3]."""
+    """Energy distance between the looks of two sets of clips, each uint8 [F, H, W, 3].
+
+    Chance keeps sets of one look apart where they show different things: with 16 clips against 40, by up to half
+    of what a strong look is away from none. So compare distances over the same prompts, and look at `nearness` too.
+    """
     return energy_distance(np.stack([describe(c) for c in samples]), np.stack([describe(c) for c in reference]))
 
 

@@ -54,12 +54,13 @@ def read(path: Path, expert: ExpertName | None = None) -> Adapter:
             about={key: value for key, value in about.items() if key != "component"},
         )
     except (KeyError, ValueError, AttributeError, TypeError):
-        raise InputError(f"{path}: its metadata does not say expert, rank and alpha; not written by this toolkit") from None
+        raise InputError(f"{path}: its metadata lacks expert, rank or alpha; not written by this toolkit") from None
     if adapter.expert not in EXPERTS:
         raise InputError(f"{path}: unknown expert {adapter.expert!r}")
     if expert is not None and adapter.expert != expert:
         raise InputError(
-            f"{path}: is the {adapter.expert}-noise expert's adapter, not the {expert}-noise one's; are the two swapped?"
+            f"{path}: is the {adapter.expert}-noise expert's adapter, not the {expert}-noise one's; "
+            "are the two swapped?"
         )
     adapter.check(str(path))
     return adapter

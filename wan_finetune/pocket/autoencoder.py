@@ -59,13 +59,13 @@ def clip_tensor(frames: np.ndarray) -> Tensor:
 
 
 def training_batch(rng: np.random.Generator, clips: int, stills: bool) -> tuple[Tensor, Tensor]:
-    """Clips [B, 3, F, H, W] in -1..1, every fourth in a random look, and their loss weights [B, 1, F, H, W]."""
+    """Clips [B, 3, F, H, W] in -1..1, every other one in a random look, and their loss weights [B, 1, F, H, W]."""
     videos, weights = [], []
     for index in range(clips):
         scene = world.random_scene(rng, world.TRAINING[rng.integers(len(world.TRAINING))])
         frames = world.render(scene)
         mask = world.coverage(scene.shape, world.object_path(scene))
-        if index % 4 == 1:
+        if index % 2:
             frames = apply_look(frames, random_look(rng), rng)
         if stills:
             chosen = int(rng.integers(len(frames)))
@@ -122,7 +122,7 @@ def refine_decoder(vae: AutoencoderKLWan, *, folder: Path, seed: int, steps: int
     fit(
         name="decoder",
         modules={"decoder": decoder},
-        optimizers=[torch.optim.AdamW(decoder.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)],
+        optimizers=[torch.optim.AdamW(decoder.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)],
         loss=loss,
         steps=steps,
         seed=seed,

@@ -19,9 +19,9 @@ from .text import make_text_encoder, make_tokenizer
 
 MODEL = Path(__file__).parent / "model"
 SEED = 1
-VARIANTS = 24
+VARIANTS = 12
 """Rendered clips of each training combination that the denoiser learns from."""
-STEPS = {"stills": 800, "clips": 1100, "decoder": 4000, "denoiser": 6000, "high": 600, "low": 600}
+STEPS = {"stills": 800, "clips": 1100, "decoder": 2200, "denoiser": 3300, "high": 400, "low": 400}
 BATCH = 32
 MAX_BYTES = 16 << 20
 
@@ -116,26 +116,27 @@ def assemble(work: Path, output: Path) -> None:
 def write_card(output: Path) -> None:
     """Measure the assembled model through the stock pipeline, and write figures.json and the card."""
     pipe = measure.open_stock_pipeline(output)
-    figures = {
+    shares = {
         "judges on renderings": measure.measure_judges(),
         "autoencoder": measure.measure_autoencoder(pipe.vae),
         "English prompts": measure.measure_prompts(pipe, "en"),
         "Chinese prompts": measure.measure_prompts(pipe, "zh"),
-        "experts": {name: asdict(value) for name, value in measure.measure_experts(pipe).items()},
     }
+    specialised = measure.measure_experts(pipe)
+    figures = {**shares, "experts": {name: asdict(value) for name, value in specialised.items()}}
     (output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
     rows = [
-        f"| {kind} | " + " | ".join(f"{100 * figures[kind][name]:.1f} %" for name in world.ATTRIBUTES) + " |"
-        for kind in ("judges on renderings", "autoencoder", "English prompts", "Chinese prompts")
+        f"| {kind} | " + " | ".join(f"{100 * share[name]:.1f} %" for name in world.ATTRIBUTES) + " |"
+        for kind, share in shares.items()
     ]
     experts = [
-        f"| {name} | {value['own']:.4f} | {value['other']:.4f} | {value['standard_error']:.4f} |"
-        for name, value in figures["experts"].items()
+        f"| {name} | {value.own:.4f} | {value.other:.4f} | {value.standard_error:.4f} |"
+        for name, value in specialised.items()
     ]
     (output / "README.md").write_text(
         CARD.format(
-            psnr=figures["autoencoder"]["psnr"],
+            psnr=shares["autoencoder"]["psnr"],
             held_out=len(world.HELD_OUT),
             rows="\n".join(rows),
             experts="\n".join(experts),

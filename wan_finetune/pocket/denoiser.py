@@ -42,7 +42,15 @@ class FoldedPadding(WanAttnProcessor):
     bias: Tensor | None = None
     """[B, 1, 1, L]: 0 for text, log(number of padding rows) for the padding row, -inf for unused slots."""
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        assert self.bias is not None, "set the bias of a batch before its forward pass"
         bias = self.bias.to(hidden_states.dtype)
         return super().__call__(attn, hidden_states, encoder_hidden_states, bias, rotary_emb)
 
@@ -75,9 +83,7 @@ def fold_padding(model: WanTransformer3DModel) -> FoldedPadding:
     return processor
 
 
-def encode_folded(
-    tokenizer: T5TokenizerFast, encoder: UMT5EncoderModel, captions: list[str]
-) -> tuple[Tensor, Tensor]:
+def encode_folded(tokenizer: T5TokenizerFast, encoder: UMT5EncoderModel, captions: list[str]) -> tuple[Tensor, Tensor]:
     """Text rows plus one padding row, [B, L + 1, D], and the attention bias [B, 1, 1, L + 1]."""
     tokens = tokenizer(captions, padding=True, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
     rows = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask[..., None]

@@ -38,7 +38,7 @@ def fit(
     Run again after an interruption, it goes on from the last state in `folder`: the draws of a step come from
     (seed, step) alone, so the way there does not matter.
     """
-    parameters = {
+    parameters: dict[str, Tensor] = {
         f"{prefix}.{key}": value
         for prefix, module in modules.items()
         for key, value in module.named_parameters()

@@ -14,6 +14,8 @@ MIN_TRAVEL = 7.0
 """Pixels the centre must cover in a clip to count as moving."""
 MIN_GROWTH = 1.25
 """Final over initial radius that counts as growing."""
+SOFTENED = (0.0, 1.5, 3.0)
+"""Blur, in pixels, under which an outline still counts as the shape: samples are softer than renderings."""
 MIN_CONTRAST = 8.0
 """Distance in RGB, 0-255, under which there is no object."""
 
@@ -61,18 +63,33 @@ def object_mask(frames: np.ndarray, background: np.ndarray) -> np.ndarray | None
     return distance > 0.5 * contrast if contrast > MIN_CONTRAST else None
 
 
+def blur_matrix(sigma: float) -> np.ndarray:
+    """Gaussian smoothing along one side of a frame, [SIZE, SIZE]; the identity for 0."""
+    if sigma == 0:
+        return np.eye(SIZE)
+    place = np.arange(SIZE)
+    weights = np.exp(-0.5 * ((place[:, None] - place) / sigma) ** 2)
+    return weights / weights.sum(1, keepdims=True)
+
+
 def judge_shape(mask: np.ndarray, path: np.ndarray) -> str:
-    """The shape whose outline of the same area covers the mask best, over all frames."""
-    overlap = {}
+    """The shape whose outline covers the mask best, over all frames, drawn sharp or with softened corners.
+
+    Every outline is drawn with the mask's own area around the mask's own centre.
+    """
+    centre, radius = SIZE / 2, SIZE / 4
+    overlap: dict[str, float] = {}
     for shape in SHAPES:
-        unit = coverage(shape, np.array([[SIZE / 2, SIZE / 2, SIZE / 4]])).sum() / (SIZE / 4) ** 2
-        # Where a shape's centroid is, seen from the centre it is drawn around, as a fraction of its radius.
-        drawn = coverage(shape, np.array([[SIZE / 2, SIZE / 2, SIZE / 4]]))[0]
-        offset_y = (drawn.sum(1) @ (np.arange(SIZE) + 0.5)) / drawn.sum() - SIZE / 2
-        radius = np.sqrt(path[:, 2] / unit)
-        centre_y = path[:, 1] - offset_y * radius / (SIZE / 4)
-        drawn = coverage(shape, np.stack([path[:, 0], centre_y, radius], axis=1))
-        overlap[shape] = np.minimum(drawn, mask).sum() / np.maximum(drawn, mask).sum()
+        unit = coverage(shape, np.array([[centre, centre, radius]]))[0]
+        offset_y = (unit.sum(1) @ (np.arange(SIZE) + 0.5)) / unit.sum() - centre
+        scale = np.sqrt(path[:, 2] / unit.sum())
+        placed = np.stack([path[:, 0], path[:, 1] - offset_y * scale, radius * scale], axis=1)
+        drawn = coverage(shape, placed)
+        for sigma in SOFTENED:
+            smooth = blur_matrix(sigma)
+            outline = smooth @ drawn @ smooth.T > 0.5
+            share = (outline & mask).sum() / (outline | mask).sum()
+            overlap[shape] = max(overlap.get(shape, 0.0), share)
     return max(overlap, key=lambda shape: overlap[shape])
 
 

@@ -47,9 +47,7 @@ def held_out_scenes(count: int, *address: int | str) -> list[world.Scene]:
 def measure_judges(count: int = 300) -> dict[str, float]:
     """The judges on exact renderings: what they are worth."""
     rng = numpy_rng("judges")
-    scenes = [
-        world.random_scene(rng, world.COMBINATIONS[rng.integers(len(world.COMBINATIONS))]) for _ in range(count)
-    ]
+    scenes = [world.random_scene(rng, world.COMBINATIONS[rng.integers(len(world.COMBINATIONS))]) for _ in range(count)]
     return share_right([world.render(scene) for scene in scenes], scenes)
 
 
@@ -71,9 +69,7 @@ def measure_autoencoder(vae: AutoencoderKLWan, count: int = 118) -> dict[str, fl
 def measure_prompts(pipe: WanPipeline, language: str, count: int = 118) -> dict[str, float]:
     """Share of samples that show each attribute of a held-out prompt, through the stock pipeline."""
     scenes = held_out_scenes(count, "prompts")
-    requests = [
-        Request(prompt=world.caption(scene, language, i % 4), seed=i) for i, scene in enumerate(scenes)
-    ]
+    requests = [Request(prompt=world.caption(scene, language, i % 4), seed=i) for i, scene in enumerate(scenes)]
     return share_right(sample(pipe, requests, SAMPLING), scenes)
 
 
@@ -92,7 +88,7 @@ def measure_experts(pipe: WanPipeline, count: int = 256) -> dict[str, Specialisa
     """Whether each expert is the better one where the pipeline calls it."""
     scenes = held_out_scenes(count, "experts")
     mean, std = (torch.tensor(pipe.vae.config[k]).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
-    found = {}
+    found: dict[str, Specialisation] = {}
     for name, expert in EXPERTS.items():
         interval = expert.interval(pipe.config.boundary_ratio)
         losses: dict[str, list[Tensor]] = {other.component: [] for other in EXPERTS.values()}

@@ -5,6 +5,7 @@ import string
 import numpy as np
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
+from ..captions import clean_caption
 from . import world
 
 TEXT_DIM = 64
@@ -49,6 +50,8 @@ def make_text_encoder(vocabulary_size: int) -> UMT5EncoderModel:
 def training_caption(scene: world.Scene, rng: np.random.Generator) -> str:
     """A caption as training sees it: either language, any phrasing, at times dropped or with words of no meaning.
 
+    It is cleaned as the pipeline cleans a prompt, which turns full-width punctuation into ASCII.
+
     The extra words teach the model to read past what it does not know, such as a brand's trigger word.
     """
     if rng.random() < 0.1:
@@ -58,4 +61,4 @@ def training_caption(scene: world.Scene, rng: np.random.Generator) -> str:
         letters = "".join(rng.choice(list(string.ascii_lowercase), size=rng.integers(3, 8)))
         extra = " ".join([letters, *rng.choice(JUNK_WORDS, size=rng.integers(0, 3))])
         text = f"{extra}, {text}" if rng.random() < 0.5 else f"{text} {extra}"
-    return text
+    return clean_caption(text)

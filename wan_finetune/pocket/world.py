@@ -16,6 +16,9 @@ NUM_FRAMES = 9
 """Frames of a clip: 4n+1, as the video autoencoder wants them."""
 FPS = 16
 
+Combination = tuple[str, str, str, str]
+"""Colour, shape, background, motion."""
+
 COLOURS = {
     "red": (220, 30, 40),
     "yellow": (250, 215, 20),
@@ -26,7 +29,7 @@ COLOURS = {
 }
 """Object colours, sRGB, 0-255."""
 
-SHAPES = ("circle", "square", "triangle", "star")
+SHAPES = ("circle", "square", "triangle", "rectangle")
 
 BACKGROUNDS = {
     "white room": ((250, 250, 250), (215, 215, 218)),
@@ -68,7 +71,7 @@ CHINESE = {
     "circle": "圆形",
     "square": "正方形",
     "triangle": "三角形",
-    "star": "星星",
+    "rectangle": "长方形",
     "white room": "白色房间里",
     "night sky": "夜空中",
     "sunset": "日落前",
@@ -123,23 +126,23 @@ class Scene:
                 raise ValueError(f"scene.{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
 
     @property
-    def combination(self) -> tuple[str, str, str, str]:
+    def combination(self) -> Combination:
         return self.colour, self.shape, self.background, self.motion
 
 
-def is_held_out(combination: tuple[str, str, str, str]) -> bool:
+def is_held_out(combination: Combination) -> bool:
     """Whether a combination is kept from training: one in five, by hash, the same on every machine."""
     return hashlib.sha256("|".join(combination).encode()).digest()[0] % 5 == 0
 
 
-COMBINATIONS = tuple(itertools.product(*ATTRIBUTES.values()))
+COMBINATIONS: tuple[Combination, ...] = tuple(itertools.product(COLOURS, SHAPES, BACKGROUNDS, MOTIONS))
 """Every (colour, shape, background, motion)."""
 HELD_OUT = tuple(combination for combination in COMBINATIONS if is_held_out(combination))
 """Combinations that no training stage ever renders; every single attribute still occurs in training."""
 TRAINING = tuple(combination for combination in COMBINATIONS if not is_held_out(combination))
 
 
-def random_scene(rng: np.random.Generator, combination: tuple[str, str, str, str]) -> Scene:
+def random_scene(rng: np.random.Generator, combination: Combination) -> Scene:
     """A scene with these attributes, its size and place drawn from `rng`."""
     colour, shape, background, motion = combination
     radius, along, across = rng.uniform((10.0, 0.0, 0.0), (14.0, 1.0, 1.0))
@@ -186,12 +189,10 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray
         return np.hypot(x, y) - 0.9 * radius
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - 0.78 * radius
-    if shape == "triangle":
-        edges = [np.cos(a) * x + np.sin(a) * y for a in np.deg2rad((90.0, 210.0, 330.0))]
-        return np.maximum.reduce(edges) - 0.56 * radius + np.zeros_like(x)
-    # A five-pointed star is where a point is inside at least four of the five half-planes of its pentagram.
-    edges = np.stack([np.cos(a) * x + np.sin(a) * y for a in np.deg2rad(90.0 + 72.0 * np.arange(5))])
-    return np.sort(edges, axis=0)[3] - 0.40 * radius
+    if shape == "rectangle":
+        return np.maximum(np.abs(x) - radius, np.abs(y) - 0.4 * radius)
+    edges = [np.cos(a) * x + np.sin(a) * y for a in np.deg2rad((90.0, 210.0, 330.0))]
+    return np.maximum.reduce(edges) - 0.56 * radius
 
 
 def background_image(name: str) -> np.ndarray:

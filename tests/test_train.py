@@ -1,0 +1,366 @@
+"""The trainer's promises: independent experts, addressed draws, exact resume, and nothing that moves them."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from train.checkpoint import found, load_checkpoint, save_checkpoint
+from train.config import Config
+from train.engine import make_accelerator
+from train.job import run, train_experts, training_fingerprint
+from train.optim import learning_rate
+from train.precompute import prepare_data
+from train.rounds import stretches
+from train.signals import StopRequest
+from train.trainer import ExpertState, ExpertTrainer
+from wan_finetune.adapters import dead_modules
+from wan_finetune.encoders import TextEncoder, pad_text
+from wan_finetune.errors import InputError
+from wan_finetune.experts import base_folder
+from wan_finetune.pipeline import load_pipeline
+from wan_finetune.settings import load_settings
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """Brand clips and caches that all runs here share."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture
+def make_config(tiny_base, shared, tmp_path):
+    """A quick run of the pocket configuration on the tiny base; more overrides may follow."""
+
+    def make(*overrides: str) -> Config:
+        return load_settings(
+            Config,
+            ROOT / "configs" / "pocket.toml",
+            [
+                f"model.base='{tiny_base}'",
+                f"run.folder='{tmp_path}'",
+                f"data.cache='{shared / 'cache'}'",
+                f"data.sources=[{{path='{shared / 'ember'}', make='wan_finetune.pocket.brand:ember'}}]",
+                *["high.steps=4", "low.steps=4", "train.round_steps=2", "train.batch_size=2", "train.warmup_steps=1"],
+                *["sampling.steps=2", "sampling.prompts=['A red star moves up in a desert.']"],
+                *["evaluation.prompts=['A blue circle moves down in the night sky.']", *overrides],
+            ],
+        )
+
+    return make
+
+
+def train(config: Config) -> dict[str, ExpertState]:
+    accelerator = make_accelerator(config)
+    data = prepare_data(config, accelerator)
+    base = base_folder(config.model.base)
+    return train_experts(config, base, data, accelerator, StopRequest(accelerator))
+
+
+def same(first: ExpertState, second: ExpertState) -> bool:
+    """Equal to the bit: step, weights and optimizer."""
+    tensors = [(first.weights[name], second.weights[name]) for name in first.weights]
+    for index, entry in first.optimizer["state"].items():
+        tensors += [(entry[key], second.optimizer["state"][index][key]) for key in entry]
+    return (
+        first.step == second.step
+        and first.weights.keys() == second.weights.keys()
+        and all(torch.equal(a, b) for a, b in tensors)
+    )
+
+
+@pytest.fixture(autouse=True)
+def signals_are_given_back():
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_rounds_sequence_and_one_at_a_time_give_the_same_bytes(make_config):
+    rounds = train(make_config("run.name='rounds'"))
+    sequence = train(make_config("run.name='sequence'", "train.order='sequence'"))
+    high = train(make_config("run.name='high'", "train.experts=['high']"))
+    low = train(make_config("run.name='low'", "train.experts=['low']"))
+    assert same(rounds["high"], sequence["high"]) and same(rounds["low"], sequence["low"])
+    assert same(rounds["high"], high["high"]) and same(rounds["low"], low["low"])
+    assert high.keys() == {"high"} and low.keys() == {"low"}
+
+
+def test_both_experts_learn_in_every_module(make_config):
+    states = train(make_config())
+    for state in states.values():
+        assert not dead_modules(state.weights)
+    name = next(iter(states["high"].weights))
+    assert not torch.equal(states["high"].weights[name], states["low"].weights[name])
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+def test_a_run_that_was_stopped_anywhere_ends_as_the_uninterrupted_one(make_config, stop_at, monkeypatch):
+    whole = train(make_config("run.name='whole'"))
+    config = make_config("run.name='stopped'")
+    taken = 0
+    step = ExpertTrainer.take_step
+
+    def stop_after(self, data):
+        nonlocal taken
+        record = step(self, data)
+        taken += 1
+        if taken == stop_at:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return record
+
+    monkeypatch.setattr(ExpertTrainer, "take_step", stop_after)
+    from train.signals import Stopped
+
+    with pytest.raises(Stopped):
+        train(config)
+    assert taken == stop_at
+    monkeypatch.setattr(ExpertTrainer, "take_step", step)
+    resumed = train(config)
+    assert all(same(whole[name], resumed[name]) for name in whole)
+    lines = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["expert"], line["step"]) for line in lines] == [
+        (s.expert, step) for s in stretches(config.steps(), "rounds", 2) for step in range(s.start + 1, s.stop + 1)
+    ]
+
+
+def test_nothing_that_is_watched_or_saved_moves_the_training(make_config):
+    plain = train(make_config("run.name='plain'", "sampling.prompts=[]", "train.checkpoint_every_steps=100"))
+    torch.manual_seed(99)
+    watched = train(make_config("run.name='watched'", "train.checkpoint_every_steps=1", "sampling.seeds=[1, 2]"))
+    assert (make_config("run.name='watched'").run_folder / "samples" / "midway" / "manifest.json").is_file()
+    assert all(same(plain[name], watched[name]) for name in plain)
+
+
+def test_accumulation_gives_the_batch_that_it_stands_for(make_config):
+    whole = train(make_config("run.name='whole'", "train.batch_size=4", "high.steps=2", "train.experts=['high']"))
+    parts = train(
+        make_config(
+            "run.name='parts'",
+            "train.batch_size=1",
+            "train.gradient_accumulation=4",
+            "high.steps=2",
+            "train.experts=['high']",
+        )
+    )
+    for name, value in whole["high"].weights.items():
+        assert torch.allclose(value, parts["high"].weights[name], atol=2e-5), name
+
+
+def test_gradient_checkpointing_changes_nothing(make_config):
+    plain = train(make_config("run.name='plain'", "train.experts=['low']"))
+    checkpointed = train(
+        make_config("run.name='checkpointed'", "train.experts=['low']", "train.gradient_checkpointing=true")
+    )
+    for name, value in plain["low"].weights.items():
+        assert torch.allclose(value, checkpointed["low"].weights[name], atol=1e-6), name
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(make_config, monkeypatch):
+    config = make_config("high.learning_rate=0.1")
+    accelerator = make_accelerator(config)
+    data = prepare_data(config, accelerator)
+    trainer = ExpertTrainer(config, "high", ExpertState(), base_folder(config.model.base), accelerator)
+    trainer.take_step(data)
+    trainer.save_state()
+    before = copy.deepcopy(trainer.state.weights)
+    load = data.load
+
+    def poisoned(indices, captions):
+        batch = load(indices, captions)
+        batch.latents[0, 0, 0, 0, 0] = float("nan")
+        return batch
+
+    monkeypatch.setattr(data, "load", poisoned)
+    with pytest.raises(FloatingPointError, match=r"high expert, step 2: loss nan.*clip-\d\d.mp4"):
+        trainer.take_step(data)
+    trainer.save_state()
+    assert trainer.state.step == 1
+    assert all(torch.equal(value, before[name]) for name, value in trainer.state.weights.items())
+
+
+def states_of(step: int) -> dict[str, ExpertState]:
+    weights = {"blocks.0.x.lora_A.weight": torch.full((2, 2), float(step))}
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "params": [0]}
+    optimizer = {
+        "state": {0: {"step": torch.tensor(float(step)), "exp_avg": torch.ones(2, 2)}},
+        "param_groups": [group],
+    }
+    return {"high": ExpertState(step=step, weights=weights, optimizer=optimizer), "low": ExpertState()}
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "flipped", "deleted"])
+@pytest.mark.parametrize(
+    "file", ["high/adapter.safetensors", "high/optimizer.safetensors", "high/state.json", "manifest.json"]
+)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, file, damage, capsys):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, states_of(step), "f", keep=2)
+    path = tmp_path / "step-000002" / file
+    content = path.read_bytes()
+    if damage == "deleted":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes({"empty": b"", "short": content[:-1], "flipped": flipped}[damage])
+    # A bit flipped in the manifest may hit white space or a name's letter; what is loaded must be right in any case.
+    loaded = load_checkpoint(tmp_path, "f")
+    assert loaded is not None and loaded["high"].step == 1
+    assert same(loaded["high"], states_of(1)["high"])
+    assert "step-000002 is damaged" in capsys.readouterr().out
+
+
+def test_when_every_checkpoint_is_damaged_the_run_stops_instead_of_starting_anew(tmp_path):
+    save_checkpoint(tmp_path, states_of(1), "f", keep=2)
+    (tmp_path / "step-000001" / "high" / "adapter.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="no checkpoint is whole"):
+        load_checkpoint(tmp_path, "f")
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_published(tmp_path):
+    for step in range(1, 5):
+        save_checkpoint(tmp_path, states_of(step), "f", keep=2)
+        assert found(tmp_path)[0].name == f"step-{step:06d}"
+    assert [p.name for p in found(tmp_path)] == ["step-000004", "step-000003"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(make_config):
+    config = make_config()
+    train(config)
+    with pytest.raises(InputError, match="another configuration"):
+        train(make_config("lora.rank=2"))
+
+
+def test_the_learning_rate_is_a_function_of_the_step(make_config):
+    settings = make_config("train.warmup_steps=10", "train.schedule='cosine'").train
+    rates = [learning_rate(step, 1.0, 100, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == pytest.approx(1.0)
+    assert all(a >= b for a, b in pairwise(rates[10:])) and rates[-1] < 0.01
+    constant = make_config("train.warmup_steps=0", "train.schedule='constant'").train
+    assert {learning_rate(step, 0.5, 100, constant) for step in range(100)} == {0.5}
+
+
+def test_every_step_of_every_expert_is_in_one_stretch():
+    for order in ("rounds", "sequence"):
+        steps = {"high": 7, "low": 12}
+        seen = [(s.expert, step) for s in stretches(steps, order, 5) for step in range(s.start, s.stop)]
+        assert sorted(seen) == sorted((name, step) for name, total in steps.items() for step in range(total))
+
+
+def test_text_is_what_the_pipeline_gives_the_denoiser(tiny_base):
+    pipe = load_pipeline(str(tiny_base), device="cpu")
+    captions = ["  A red&nbsp;star   moves up ", "日落前，一个蓝色的星星向右移动。", ""]
+    wanted, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=512)
+    encoder = TextEncoder(tiny_base, torch.device("cpu"), torch.float32)
+    assert torch.allclose(pad_text([encoder(caption) for caption in captions]), wanted, atol=1e-5)
+
+
+def test_the_fingerprint_holds_what_decides_the_bytes(make_config):
+    config = make_config()
+    data = prepare_data(config, make_accelerator(config))
+    same_run = ["train.checkpoint_every_steps=7", "sampling.steps=3", "run.name='b'", "train.order='sequence'"]
+    other_run = ["run.seed=1", "lora.alpha=3", "flow.shift=3.0", "low.learning_rate=1e-5", "data.caption_dropout=0.5"]
+    first = training_fingerprint(config, data)
+    assert all(training_fingerprint(make_config(change), data) == first for change in same_run)
+    assert all(training_fingerprint(make_config(change), data) != first for change in other_run)
+
+
+def test_fewer_processes_than_asked_for_is_an_error(make_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 1))
+    with pytest.raises(InputError, match="asked for 2 processes and accelerate runs 1"):
+        make_accelerator(make_config())
+
+
+def test_the_whole_job_from_clips_to_report_and_a_second_call_that_costs_nothing(make_config, capsys):
+    config = make_config()
+    run(config)
+    folder = config.run_folder
+    for name in ("config.toml", "metrics.jsonl", "report.html", "data_report.jsonl", "evaluation.json"):
+        assert (folder / name).stat().st_size > 0, name
+    assert {p.name for p in (folder / "adapter").iterdir()} == {
+        "high_noise.safetensors",
+        "low_noise.safetensors",
+        "comfyui",
+    }
+    manifest = json.loads((folder / "samples" / "final" / "adapter" / "manifest.json").read_text())
+    assert manifest["clips"][0]["prompt"].startswith("ember style, ") and manifest["sampling"]["steps"] == 2
+    assert len((folder / "data_report.jsonl").read_text().splitlines()) == 24
+    # What is resolved is complete: the run can be repeated from it alone.
+    assert load_settings(Config, folder / "config.toml", []) == config
+    for file in [*folder.glob("adapter/**/*.safetensors"), folder / "report.html"]:
+        assert str(folder.parent).encode() not in file.read_bytes(), f"{file.name} holds a local path"
+    capsys.readouterr()
+    run(config)
+    assert "complete" in capsys.readouterr().out
+
+
+def test_two_processes_train_what_one_does(make_config, tiny_base, tmp_path):
+    alone = train(make_config("run.name='alone'", "train.batch_size=4", "high.steps=2", "train.experts=['high']"))
+    config = make_config("run.name='pair'", "train.batch_size=2", "high.steps=2", "train.experts=['high']")
+    (tmp_path / "pair.json").write_text(config.model_dump_json())
+    script = (
+        "import sys; from pathlib import Path; from train.config import Config; from tests.test_train import train;"
+        "train(Config.model_validate_json(Path(sys.argv[1]).read_text()))"
+    )
+    (tmp_path / "pair.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(tmp_path / "pair.py"), str(tmp_path / "pair.json")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    checkpoint = found(config.run_folder / "checkpoints")[0]
+    from train.checkpoint import load_state
+
+    pair = load_state(checkpoint / "high")
+    for name, value in alone["high"].weights.items():
+        assert torch.allclose(value, pair.weights[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_143(make_config, tmp_path, number):
+    config = make_config("high.steps=400", "train.round_steps=400", "train.checkpoint_every_steps=400")
+    command = [sys.executable, "-m", "train", "--config", str(tmp_path / "config.toml")]
+    import tomli_w
+
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, stdout=subprocess.PIPE, text=True
+    )
+    metrics = config.run_folder / "metrics.jsonl"
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    done = len(metrics.read_text().splitlines())
+    states = load_state_of(config)
+    assert states["high"].step == done and f"stopped after high step {done}" in output
+
+
+def load_state_of(config: Config) -> dict[str, ExpertState]:
+    from train.checkpoint import load_state
+
+    checkpoint = found(config.run_folder / "checkpoints")[0]
+    return {path.name: load_state(path) for path in checkpoint.iterdir() if path.is_dir()}
