@@ -42,7 +42,7 @@ def test_camera_footage_takes_the_whole_way(footage, tiny_base, tmp_path):
             "data.windows_per_clip=2",
             *["high.steps=3", "low.steps=3", "train.round_steps=3", "train.batch_size=2"],
             *["sampling.steps=2", "sampling.width=96", "sampling.prompts=['A rabbit in the snow.']"],
-            "evaluation.prompts=['A red circle moves up in a desert.']",
+            *["evaluation.content=''", "evaluation.prompts=['A red circle moves up in a desert.']"],
         ],
     )
     run(config)

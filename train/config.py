@@ -99,8 +99,8 @@ class TrainSettings(Settings):
 class EvaluationSettings(Settings):
     """How the look and the content are judged."""
 
-    content: str | None = None
-    """`module:function` that says which attributes of a prompt a clip shows; for worlds that can be judged."""
+    content: str = ""
+    """`module:function` that says which attributes of a prompt a clip shows; empty where nothing can say."""
     prompts: tuple[str, ...] = ()
     """Prompts that training never saw; the figures come from these."""
     seeds: tuple[int, ...] = (0,)

@@ -1,6 +1,7 @@
 """The accelerator, checked: accelerate starts fewer processes than were asked for without a word."""
 
 import os
+from importlib.util import find_spec
 
 from accelerate import Accelerator
 
@@ -17,6 +18,8 @@ def make_accelerator(config: Config) -> Accelerator:
         InputError: when the launcher asked for more processes than accelerate set up.
     """
     tracker = None if config.tracking.tracker == "none" else config.tracking.tracker
+    if tracker and find_spec(tracker) is None:
+        raise InputError(f'tracking.tracker = "{tracker}": not installed; pip install {tracker}, or set it to "none"')
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision, log_with=tracker, project_dir=str(log_folder(config))
     )

@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from data.batches import TrainingData
 from wan_finetune import __version__
 from wan_finetune.adapters import Adapter
+from wan_finetune.evaluation.compare import load_judge
 from wan_finetune.experts import EXPERTS, ExpertName, base_folder
 from wan_finetune.export import verify_adapter_folder, write_adapter_folder
 from wan_finetune.quiet import quiet_libraries
@@ -40,11 +41,13 @@ def run(config: Config) -> None:
     if (folder / "report.html").is_file():
         say(f"this run is complete: {folder / 'report.html'}. Give another run.name to train again.")
         return
+    load_judge(config.evaluation.content)
     stop = StopRequest(accelerator)
     data = prepare_data(config, accelerator)
     if accelerator.is_main_process:
         (folder / "config.toml").write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
-    states = train_experts(config, base, data, accelerator, stop)
+    metrics = Metrics(config, accelerator)
+    states = train_experts(config, base, data, metrics, accelerator, stop)
     if not accelerator.is_main_process:
         return
     adapters = [make_adapter(config, name, state) for name, state in states.items()]
@@ -52,12 +55,12 @@ def run(config: Config) -> None:
         say(f"wrote {path}")
     verify_adapter_folder(config.model.base, folder / "adapter", adapters, config.model.revision)
     say("each file was loaded into a fresh expert by diffusers: every key matched, the output changed")
-    showcase.show(config, data, Metrics(config, accelerator))
+    showcase.show(config, metrics)
     accelerator.end_training()
 
 
 def train_experts(
-    config: Config, base: Path, data: TrainingData, accelerator: Accelerator, stop: StopRequest
+    config: Config, base: Path, data: TrainingData, metrics: Metrics, accelerator: Accelerator, stop: StopRequest
 ) -> States:
     """Take every expert to its last step, one stretch after the other; returns their states."""
     folder = config.run_folder / "checkpoints"
@@ -66,7 +69,6 @@ def train_experts(
     if saved := load_checkpoint(folder, identity):
         states = {name: saved.get(name, fresh) for name, fresh in states.items()}
         say("going on from " + ", ".join(f"{name} step {state.step}" for name, state in states.items()))
-    metrics = Metrics(config, accelerator)
     metrics.forget_after({name: state.step for name, state in states.items()})
 
     def save() -> None:

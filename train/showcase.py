@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from diffusers import WanPipeline
 
-from data.batches import TrainingData
 from data.clips import find_clips
 from data.samples import window_frames
 from wan_finetune.adapters import Adapter
@@ -59,7 +58,7 @@ def preview_midway(config: Config, adapters: Sequence[Adapter]) -> None:
         write(config, midway_folder(config), "adapter", wanted, make_clips(config, pipe, wanted, "midway preview"))
 
 
-def show(config: Config, data: TrainingData, metrics: Metrics) -> None:
+def show(config: Config, metrics: Metrics) -> None:
     """Sample base and exported adapter side by side, evaluate, and write the report."""
     folder = config.run_folder
     previews = preview_requests(config)

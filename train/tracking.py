@@ -67,7 +67,9 @@ class Metrics:
         self.accelerator = accelerator
         self.tracked = config.tracking.tracker != "none"
         if self.tracked:
-            accelerator.init_trackers(config.tracking.project, init_kwargs={"wandb": {"name": config.run.name}})
+            log_folder(config).mkdir(parents=True, exist_ok=True)
+            arguments = {"wandb": {"name": config.run.name, "dir": str(log_folder(config))}}
+            accelerator.init_trackers(config.tracking.project, init_kwargs=arguments)
 
     def forget_after(self, steps: dict[ExpertName, int]) -> None:
         """Drop lines of steps beyond these: a resumed run writes them again."""

@@ -19,7 +19,7 @@ class Comparison:
     """All figures of one evaluation."""
 
     look_base: float
-    """Energy distance of the base's clips to the brand's, in descriptor units."""
+    """Energy distance of the base's clips to the brand's, as `style.energy_distance` defines it."""
     look_adapter: float
     content_base: dict[str, float]
     """Share of clips that show what the prompt says, 0-1, for each attribute."""
@@ -65,7 +65,7 @@ class Comparison:
                     adapter=100.0 * self.motion_kept,
                     unit="%",
                     better="same",
-                    meaning="change from frame to frame, against the base's",
+                    meaning="change over a quarter of a second, against the base's",
                 )
             )
         return rows
@@ -100,13 +100,13 @@ def content_scores(clips: Sequence[np.ndarray], prompts: Sequence[str], judge: C
     return {name: float(np.mean([verdict[name] for verdict in verdicts])) for name in verdicts[0]}
 
 
-def load_judge(name: str | None) -> ContentJudge | None:
-    """The content judge `module:function`, or None.
+def load_judge(name: str) -> ContentJudge | None:
+    """The content judge `module:function`, or None where the name is empty.
 
     Raises:
         InputError: when there is no such function.
     """
-    if name is None:
+    if not name:
         return None
     module, _, function = name.partition(":")
     try:
