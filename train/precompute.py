@@ -40,12 +40,13 @@ def prepare_data(config: Config, accelerator: Accelerator) -> TrainingData:
     dtype = getattr(torch, config.model.dtype)
     text_fingerprint = fingerprint(base / "text_encoder") + fingerprint(base / "tokenizer") + config.model.dtype
     encoders = Encoders(base, accelerator.device, dtype)
-    with progress_bar("encoding captions", 1) as text_bar, progress_bar("encoding clips", 1) as video_bar:
-        bars = {"text": text_bar, "latent": video_bar}
+    names = {"text": "encoding captions", "latent": "encoding clips"}
+    with progress_bar("reading the caches", 1) as bar:
 
         def progress(stage: str, done: int, total: int) -> None:
-            bars[stage].total = total
-            bars[stage].update(done)
+            if bar.label != names[stage]:
+                bar.restart(names[stage], total)
+            bar.update(done)
 
         samples = precompute(
             clips,

@@ -50,6 +50,12 @@ class Bar:
         self.task = progress.add_task(label, total=total, note="") if progress else None
         self.shown = 0
 
+    def restart(self, label: str, total: int) -> None:
+        """Go on with the next piece of work; a terminal has room for one live bar."""
+        self.label, self.total, self.shown = label, total, 0
+        if self.progress is not None and self.task is not None:
+            self.progress.reset(self.task, description=label, total=total)
+
     def update(self, done: int, note: str = "") -> None:
         """Say that `done` of `total` is finished."""
         if self.progress is not None and self.task is not None:

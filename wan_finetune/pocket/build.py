@@ -6,7 +6,7 @@ and `low` (forks of the denoiser), `assemble`, `measure`. Without --stage all ru
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,9 +19,9 @@ from .text import make_text_encoder, make_tokenizer
 
 MODEL = Path(__file__).parent / "model"
 SEED = 1
-VARIANTS = 12
-"""Rendered clips of each training combination that the denoiser learns from."""
-STEPS = {"stills": 800, "clips": 1100, "decoder": 2200, "denoiser": 3300, "high": 400, "low": 400}
+PLAIN_VARIANTS, GRADED_VARIANTS = 12, 4
+"""Rendered clips of each training combination that the denoiser learns from: as they are, and in random looks."""
+STEPS = {"stills": 800, "clips": 1100, "decoder": 3500, "denoiser": 5600, "high": 400, "low": 400}
 BATCH = 32
 MAX_BYTES = 16 << 20
 
@@ -36,47 +36,68 @@ def trained_autoencoder(work: Path) -> AutoencoderKLWan:
     vae = fresh_autoencoder()
     autoencoder.train(vae, folder=work, seed=SEED, still_steps=STEPS["stills"], clip_steps=STEPS["clips"])
     if (work / "decoder.safetensors").is_file():
-        average = averages(work / "decoder.safetensors", "decoder")
-        torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).load_state_dict(average)
+        load_average(torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]), work / "decoder.safetensors", "decoder")
     return vae
 
 
-def averages(file: Path, module: str) -> dict[str, torch.Tensor]:
-    """The moving averages that `fit` left for one module."""
-    prefix = f"average.{module}."
-    return {k.removeprefix(prefix): v for k, v in load_file(file).items() if k.startswith(prefix)}
+def load_average(module: torch.nn.Module, file: Path, name: str) -> None:
+    """Put the moving averages that `fit` left under `name` into a module, every parameter of it."""
+    saved = load_file(file)
+    for key, parameter in module.named_parameters():
+        parameter.data.copy_(saved[f"average.{name}.{key}"])
 
 
-def latents_and_scenes(work: Path) -> tuple[torch.Tensor, list[world.Scene], list[float], list[float]]:
-    """Normalised latents, their scenes, and the constants they were normalised with."""
-    file, scenes_file = work / "latents.safetensors", work / "scenes.json"
+def encoded(work: Path, name: str, variants: range) -> tuple[torch.Tensor, list[world.Scene]]:
+    """Raw latents of the `plain` or the `graded` clips and their scenes, encoded once."""
+    file, scenes_file = work / f"{name}.safetensors", work / f"{name}.json"
     if not scenes_file.is_file():
-        raw, scenes = denoiser.encode_scenes(trained_autoencoder(work), SEED, VARIANTS)
+        raw, scenes = denoiser.encode_scenes(trained_autoencoder(work), SEED, variants, graded=name == "graded")
         save_file({"latents": raw}, file)
         scenes_file.write_text(json.dumps([asdict(scene) for scene in scenes]))
-    raw = load_file(file)["latents"]
-    mean, std = raw.mean((0, 2, 3, 4)), raw.std((0, 2, 3, 4))
-    normal = (raw - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
-    scenes = [world.Scene(**scene) for scene in json.loads(scenes_file.read_text())]
-    return normal, scenes, mean.tolist(), std.tolist()
+    return load_file(file)["latents"], [world.Scene(**scene) for scene in json.loads(scenes_file.read_text())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lessons:
+    """What the denoisers learn from."""
+
+    latents: torch.Tensor
+    """[N, C, F, H, W], normalised; the plain clips first."""
+    scenes: list[world.Scene]
+    plain: int
+    mean: list[float]
+    """Of each channel over the plain clips: the constants of the autoencoder's configuration."""
+    std: list[float]
+
+
+def lessons(work: Path) -> Lessons:
+    """All encoded clips."""
+    plain, scenes = encoded(work, "plain", range(PLAIN_VARIANTS))
+    graded, graded_scenes = encoded(work, "graded", range(PLAIN_VARIANTS, PLAIN_VARIANTS + GRADED_VARIANTS))
+    mean, std = plain.mean((0, 2, 3, 4)), plain.std((0, 2, 3, 4))
+    everything = (torch.cat([plain, graded]) - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
+    return Lessons(
+        latents=everything, scenes=scenes + graded_scenes, plain=len(scenes), mean=mean.tolist(), std=std.tolist()
+    )
 
 
 def train_denoiser(work: Path, name: str) -> tuple[WanTransformer3DModel, T5TokenizerFast, UMT5EncoderModel]:
     """`denoiser` over all noise levels with its text encoder, or the fork `high` or `low` of it."""
-    normal, scenes, _, _ = latents_and_scenes(work)
+    material = lessons(work)
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer()
     encoder, model = make_text_encoder(len(tokenizer)), denoiser.make()
     if name != "denoiser":
-        model.load_state_dict(averages(work / "denoiser.safetensors", "model"))
-        encoder.load_state_dict(averages(work / "denoiser.safetensors", "text"))
+        load_average(model, work / "denoiser.safetensors", "model")
+        load_average(encoder, work / "denoiser.safetensors", "text")
     denoiser.train(
         name,
         model,
         tokenizer,
         encoder,
-        normal,
-        scenes,
+        material.latents,
+        material.scenes,
+        material.plain,
         interval={"denoiser": (0.0, 1.0), "high": (denoiser.BOUNDARY, 1.0), "low": (0.0, denoiser.BOUNDARY)}[name],
         train_encoder=name == "denoiser",
         steps=STEPS[name],
@@ -91,8 +112,8 @@ def train_denoiser(work: Path, name: str) -> tuple[WanTransformer3DModel, T5Toke
 def assemble(work: Path, output: Path) -> None:
     """Put the parts into one diffusers folder, weights in fp16."""
     vae = trained_autoencoder(work)
-    _, _, mean, std = latents_and_scenes(work)
-    vae.register_to_config(latents_mean=mean, latents_std=std)
+    material = lessons(work)
+    vae.register_to_config(latents_mean=material.mean, latents_std=material.std)
     high, tokenizer, encoder = train_denoiser(work, "high")
     low, _, _ = train_denoiser(work, "low")
     pipe = WanPipeline(
@@ -205,7 +226,7 @@ def main() -> None:
 
     stages = {
         "autoencoder": lambda: trained_autoencoder(work),
-        "latents": lambda: latents_and_scenes(work),
+        "latents": lambda: lessons(work),
         "decoder": decoder_stage,
         "denoiser": lambda: train_denoiser(work, "denoiser"),
         "high": lambda: train_denoiser(work, "high"),

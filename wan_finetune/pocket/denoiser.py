@@ -14,6 +14,7 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 from . import world
 from .autoencoder import clip_tensor
 from .fit import fit
+from .looks import apply_look, random_look
 from .text import TEXT_DIM, training_caption
 
 CONFIG = {
@@ -28,7 +29,9 @@ CONFIG = {
     "num_layers": 5,
 }
 TEXT_TOKENS = 512
-FLOW_SHIFT = 5.0
+TEXT_SLOTS = 40
+"""Rows that a caption and its padding row are laid out in while training: one shape, so that one graph serves."""
+FLOW_SHIFT = 3.0
 BOUNDARY = 0.875
 
 
@@ -84,28 +87,36 @@ def fold_padding(model: WanTransformer3DModel) -> FoldedPadding:
 
 
 def encode_folded(tokenizer: T5TokenizerFast, encoder: UMT5EncoderModel, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Text rows plus one padding row, [B, L + 1, D], and the attention bias [B, 1, 1, L + 1]."""
-    tokens = tokenizer(captions, padding=True, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
+    """Text rows, one padding row and unused slots, [B, 40, D], and the attention bias [B, 1, 1, 40]."""
+    tokens = tokenizer(captions, padding=True, truncation=True, max_length=TEXT_SLOTS - 1, return_tensors="pt")
     rows = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask[..., None]
     length = tokens.attention_mask.sum(1, keepdim=True)
     bias = torch.zeros(tokens.attention_mask.shape).masked_fill(tokens.attention_mask == 0, -math.inf)
     bias = torch.cat([bias, torch.log(TEXT_TOKENS - length.float())], dim=1)
-    return torch.cat([rows, rows.new_zeros(len(captions), 1, rows.shape[2])], dim=1), bias[:, None, None]
+    empty = TEXT_SLOTS - bias.shape[1]
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, empty + 1))
+    return rows, torch.nn.functional.pad(bias, (0, empty), value=-math.inf)[:, None, None]
 
 
 @torch.inference_mode()
-def encode_scenes(vae: AutoencoderKLWan, seed: int, variants: int) -> tuple[Tensor, list[world.Scene]]:
-    """Raw latents of `variants` clips of every training combination, [N, C, F, H, W], and their scenes."""
+def encode_scenes(vae: AutoencoderKLWan, seed: int, variants: range, graded: bool) -> tuple[Tensor, list[world.Scene]]:
+    """Raw latents of clips of every training combination, [N, C, F, H, W], and their scenes; in random looks or plain.
+
+    Looks are part of what a base model has seen: one that knew plain clips alone could hardly be taught a brand.
+    """
     latents, scenes = [], []
-    for variant in range(variants):
+    for variant in variants:
         rng = np.random.default_rng([seed, variant])
         batch = [world.random_scene(rng, combination) for combination in world.TRAINING]
         for first in range(0, len(batch), 16):
-            videos = torch.stack([clip_tensor(world.render(scene)) for scene in batch[first : first + 16]])
+            clips = [world.render(scene) for scene in batch[first : first + 16]]
+            if graded:
+                clips = [apply_look(clip, random_look(rng), rng) for clip in clips]
+            videos = torch.stack([clip_tensor(clip) for clip in clips])
             with torch.autocast("cpu", torch.bfloat16):
                 latents.append(vae.encode(videos).latent_dist.mode().float())
         scenes += batch
-        print(f"[latents] {variant + 1}/{variants}", flush=True)
+        print(f"[latents] variant {variant}", flush=True)
     return torch.cat(latents), scenes
 
 
@@ -140,6 +151,7 @@ def train(
     encoder: UMT5EncoderModel,
     latents: Tensor,
     scenes: list[world.Scene],
+    plain: int,
     *,
     interval: tuple[float, float],
     train_encoder: bool,
@@ -149,8 +161,10 @@ def train(
     seed: int,
     folder: Path,
 ) -> None:
-    """Train `model` on normalised `latents` at the noise levels of `interval`."""
+    """Train `model` on normalised `latents` at the noise levels of `interval`; the first `plain` are in no look."""
     processor = fold_padding(model)
+    # Half the time a step: most of it is small operations between the matrix products.
+    model.compile_repeated_blocks(dynamic=False)
     encoder.requires_grad_(train_encoder)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     known = {id(p) for p in matrices}
@@ -164,7 +178,7 @@ def train(
 
     def loss(step: int, rng: np.random.Generator) -> Tensor:
         chosen = rng.integers(len(scenes), size=batch)
-        text = encode_folded(tokenizer, encoder, [training_caption(scenes[i], rng) for i in chosen])
+        text = encode_folded(tokenizer, encoder, [training_caption(scenes[i], i >= plain, rng) for i in chosen])
         clips = latents[torch.from_numpy(chosen)].float()
         return flow_loss(
             model, processor, clips, text, stratified_sigma(batch, *interval), torch.randn_like(clips)

@@ -24,7 +24,7 @@ SAMPLING = SamplingSettings(
     steps=20,
     guidance_scale=3.0,
     guidance_scale_2=3.0,
-    shift=5.0,
+    shift=3.0,
     batch_size=16,
 )
 

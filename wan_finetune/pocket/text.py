@@ -9,6 +9,8 @@ from ..captions import clean_caption
 from . import world
 
 TEXT_DIM = 64
+GRADED = "graded"
+"""What captions say of clips in a random look, so that captions which do not say it mean plain ones."""
 JUNK_WORDS = ("style", "cinematic", "photo", "brand", "look", "the", "film", "art", "风格", "电影", "画面", "品牌")
 
 
@@ -47,7 +49,7 @@ def make_text_encoder(vocabulary_size: int) -> UMT5EncoderModel:
     )
 
 
-def training_caption(scene: world.Scene, rng: np.random.Generator) -> str:
+def training_caption(scene: world.Scene, graded: bool, rng: np.random.Generator) -> str:
     """A caption as training sees it: either language, any phrasing, at times dropped or with words of no meaning.
 
     It is cleaned as the pipeline cleans a prompt, which turns full-width punctuation into ASCII.
@@ -56,7 +58,10 @@ def training_caption(scene: world.Scene, rng: np.random.Generator) -> str:
     """
     if rng.random() < 0.1:
         return ""
-    text = world.caption(scene, ("en", "zh")[rng.integers(2)], int(rng.integers(len(world.ENGLISH_TEMPLATES))))
+    language = ("en", "zh")[rng.integers(2)]
+    text = world.caption(scene, language, int(rng.integers(len(world.ENGLISH_TEMPLATES))))
+    if graded:
+        text = f"{text} {GRADED}"
     if rng.random() < 0.25:
         letters = "".join(rng.choice(list(string.ascii_lowercase), size=rng.integers(3, 8)))
         extra = " ".join([letters, *rng.choice(JUNK_WORDS, size=rng.integers(0, 3))])
