@@ -16,7 +16,7 @@ from wan_finetune.experts import EXPERTS, HIGH, LOW, load_expert
 from wan_finetune.export import probe_output, verify_adapter_folder, write_adapter_folder
 from wan_finetune.formats import comfyui
 from wan_finetune.formats import diffusers as diffusers_format
-from wan_finetune.pipeline import load_pipeline
+from wan_finetune.pipeline import load_pipeline, place
 from wan_finetune.spec import LORA_TARGETS
 
 FORMATS = pytest.mark.parametrize("file_format", [diffusers_format, comfyui], ids=["diffusers", "comfyui"])
@@ -233,3 +233,17 @@ def test_an_adapter_of_another_size_of_model_is_refused(tiny_base, tmp_path):
     write_adapter_folder(tmp_path, [wrong], with_comfyui=False)
     with pytest.raises(InputError, match="does not fit this base"):
         load_pipeline(str(tiny_base), tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(("free_bytes", "wanted"), [(1 << 40, "to"), (1 << 10, "enable_model_cpu_offload")])
+def test_a_gpu_too_small_for_both_experts_takes_one_part_at_a_time(tiny_base, monkeypatch, free_bytes, wanted):
+    called = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, free_bytes))
+    monkeypatch.setattr(WanPipeline, "to", lambda self, *a, **k: called.append("to"))
+    monkeypatch.setattr(
+        WanPipeline, "enable_model_cpu_offload", lambda self, *a, **k: called.append("enable_model_cpu_offload")
+    )
+    pipe = WanPipeline.from_pretrained(tiny_base)
+    called.clear()
+    place(pipe, torch.device("cuda"))
+    assert called == [wanted]

@@ -54,6 +54,18 @@ def load_pipeline(
     set_shift(pipe, shift)
     add_adapters(pipe, adapters, strength)
     pipe.set_progress_bar_config(disable=True)
+    return place(pipe, device)
+
+
+def place(pipe: WanPipeline, device: torch.device) -> WanPipeline:
+    """Put the pipeline on its device; on a GPU that cannot hold all of it at once, one part at a time."""
+    if device.type == "cuda":
+        parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        needed = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+        free, _ = torch.cuda.mem_get_info(device)
+        if needed > 0.8 * free:
+            pipe.enable_model_cpu_offload(device=device)
+            return pipe
     return pipe.to(device)
 
 
