@@ -131,14 +131,29 @@ def test_held_out_prompts_are_drawn_as_the_card_says(pipe, figures):
             )
 
 
-def test_the_figures_on_the_card_reach_their_bars(figures):
-    for name in world.ATTRIBUTES:
-        assert figures["judges on renderings"][name] >= 0.98
-        assert figures["autoencoder"][name] >= 0.98
-        english, chinese = figures["English prompts"][name], figures["Chinese prompts"][name]
-        assert english >= (0.95 if name in ("colour", "background") else 0.80)
-        assert abs(english - chinese) <= 0.05
-    assert figures["autoencoder"]["psnr"] >= 28.0
+BARS = {
+    **{("judges on renderings", name): 0.98 for name in world.ATTRIBUTES},
+    **{("autoencoder", name): 0.98 for name in world.ATTRIBUTES},
+    ("autoencoder", "psnr"): 28.0,
+    **{("English prompts", name): 0.95 for name in ("colour", "background")},
+    **{("English prompts", name): 0.80 for name in ("shape", "motion")},
+}
+UNREACHED: set[tuple[str, str]] = set()
+"""Bars that the shipped weights do not reach yet; docs/design.md says what is known. Strict: one that is reached fails
+here until it is taken off the list."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [pytest.param(*b, marks=[pytest.mark.xfail(strict=True)] if b in UNREACHED else []) for b in BARS],
+)
+def test_a_figure_on_the_card_reaches_its_bar(figures, kind, name):
+    assert figures[kind][name] >= BARS[kind, name]
+
+
+@pytest.mark.parametrize("name", world.ATTRIBUTES)
+def test_chinese_is_within_five_points_of_english(figures, name):
+    assert abs(figures["English prompts"][name] - figures["Chinese prompts"][name]) <= 0.05
 
 
 def test_each_expert_is_the_better_one_on_its_own_side(pipe):
