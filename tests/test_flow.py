@@ -50,7 +50,7 @@ def test_the_shift_is_the_samplers(shift):
     scheduler.set_timesteps(40)
     # The sampler walks u from 1 down to a thousandth, and cuts its timesteps to whole ones.
     ours = timestep(shift_time(torch.linspace(1, 0.001, 41, dtype=torch.float64)[:-1], shift))
-    assert 0 <= (ours - scheduler.timesteps).min() and (ours - scheduler.timesteps).max() < 1.0001
+    assert (ours - scheduler.timesteps).min() >= 0 and (ours - scheduler.timesteps).max() < 1.0001
 
 
 def test_the_velocity_takes_the_noisy_latent_back_to_both_ends():
