@@ -127,7 +127,10 @@ def assemble(work: Path, output: Path) -> None:
         transformer_2=low,
         boundary_ratio=denoiser.BOUNDARY,
     )
-    pipe.to(torch.float16).save_pretrained(output)
+    pipe.to(torch.float16)
+    # transformers opens a model in the precision of its file, diffusers in fp32: the encoder's file is fp32 as well.
+    encoder.float()
+    pipe.save_pretrained(output)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(f"[assemble] {output}: {size / 2**20:.1f} MiB")
     if size > MAX_BYTES:
