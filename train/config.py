@@ -111,7 +111,7 @@ class TrackingSettings(Settings):
     """Who else is told of the figures, beside metrics.jsonl."""
 
     tracker: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
-    """A tracker that accelerate knows; its package is an extra."""
+    """A tracker that accelerate knows; its package must be installed (wandb is an extra)."""
     project: str = "wan-finetune"
     """Project name in the tracker."""
 
