@@ -35,6 +35,11 @@ class ModelSettings(Settings):
     attention: str = "native"
     """diffusers' attention backend for training, such as `native`, `flash` or `_native_math`."""
 
+    @property
+    def public_name(self) -> str:
+        """The base as files and reports name it: of a local folder the last name alone, so that no path leaks."""
+        return Path(self.base).name if Path(self.base).is_dir() else self.base
+
 
 class FlowSettings(Settings):
     """The noise levels that training draws."""

@@ -126,7 +126,6 @@ def is_midway(config: Config, states: Mapping[ExpertName, ExpertState]) -> bool:
 def make_adapter(config: Config, name: ExpertName, state: ExpertState) -> Adapter:
     """An expert's state as an adapter that says what it is; no paths, no names of people or machines."""
     lora = config.lora_for(name)
-    base = config.model.base
     return Adapter(
         expert=name,
         rank=lora.rank,
@@ -134,7 +133,7 @@ def make_adapter(config: Config, name: ExpertName, state: ExpertState) -> Adapte
         targets=lora.targets,
         weights=state.weights,
         about={
-            "base": base if base == "pocket" or not Path(base).exists() else Path(base).name,
+            "base": config.model.public_name,
             "trigger": config.data.trigger,
             "steps": str(state.step),
             "training_shift": repr(config.flow.shift),

@@ -46,7 +46,7 @@ def make_clips(config: Config, pipe: WanPipeline, wanted: Sequence[Request], lab
 
 def write(config: Config, folder: Path, kind: str, wanted: Sequence[Request], clips: list[np.ndarray]) -> list[Path]:
     names = [f"{number:02d}-{request.seed}-{kind}" for number, request in enumerate(wanted)]
-    about = {"base": config.model.base if config.model.base == "pocket" else Path(config.model.base).name, "kind": kind}
+    about = {"base": config.model.public_name, "kind": kind}
     return write_clips(folder, wanted, clips, names, config.sampling, about)
 
 
@@ -114,7 +114,7 @@ def make_report(
         curves=curves,
         figures=figures.figures(),
         facts={
-            "Base": config.model.base if config.model.base == "pocket" else Path(config.model.base).name,
+            "Base": config.model.public_name,
             "Trigger": config.data.trigger or "none",
             "Clips": str(len(brand)),
             "Steps": steps,
