@@ -9,6 +9,7 @@ import pytest
 
 from train.config import Config
 from train.job import run
+from train.signals import StopRequest
 from wan_finetune.formats import diffusers as diffusers_format
 from wan_finetune.settings import load_settings
 
@@ -45,7 +46,7 @@ def test_camera_footage_takes_the_whole_way(footage, tiny_base, tmp_path):
             *["evaluation.content=''", "evaluation.prompts=['A red circle moves up in a desert.']"],
         ],
     )
-    run(config)
+    run(config, StopRequest())
     rows = [json.loads(line) for line in (config.run_folder / "data_report.jsonl").read_text().splitlines()]
     assert [(row["file"], row["used"], row["bucket"], len(row["windows"])) for row in rows] == [
         ("bigbuckbunny.mp4", True, "128x64x17", 2),

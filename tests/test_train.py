@@ -1,6 +1,7 @@
 """The trainer's promises: independent experts, addressed draws, exact resume, and nothing that moves them."""
 
 import copy
+import importlib
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from train.job import run, train_experts, training_fingerprint
 from train.optim import learning_rate
 from train.precompute import prepare_data
 from train.rounds import stretches
-from train.signals import StopRequest
+from train.signals import Stopped, StopRequest
 from train.tracking import Metrics
 from train.trainer import ExpertState, ExpertTrainer
 from wan_finetune.adapters import dead_modules
@@ -64,9 +65,9 @@ def make_config(tiny_base, shared, tmp_path):
 
 def train(config: Config) -> dict[str, ExpertState]:
     accelerator = make_accelerator(config)
-    data = prepare_data(config, accelerator)
+    _, data = prepare_data(config, accelerator)
     base = base_folder(config.model.base)
-    return train_experts(config, base, data, Metrics(config, accelerator), accelerator, StopRequest(accelerator))
+    return train_experts(config, base, data, Metrics(config, accelerator), accelerator, StopRequest())
 
 
 def same(first: ExpertState, second: ExpertState) -> bool:
@@ -130,8 +131,6 @@ def test_a_run_that_was_stopped_anywhere_ends_as_the_uninterrupted_one(make_conf
         return record
 
     monkeypatch.setattr(ExpertTrainer, "take_step", stop_after)
-    from train.signals import Stopped
-
     with pytest.raises(Stopped):
         train(config)
     assert taken == stop_at
@@ -177,7 +176,7 @@ def test_gradient_checkpointing_changes_nothing(make_config):
 def test_a_loss_that_is_not_finite_stops_before_the_update(make_config, monkeypatch):
     config = make_config("high.learning_rate=0.1")
     accelerator = make_accelerator(config)
-    data = prepare_data(config, accelerator)
+    _, data = prepare_data(config, accelerator)
     trainer = ExpertTrainer(config, "high", ExpertState(), base_folder(config.model.base), accelerator)
     trainer.take_step(data)
     trainer.save_state()
@@ -277,7 +276,7 @@ def test_text_is_what_the_pipeline_gives_the_denoiser(tiny_base):
 
 def test_the_fingerprint_holds_what_decides_the_bytes(make_config):
     config = make_config()
-    data = prepare_data(config, make_accelerator(config))
+    _, data = prepare_data(config, make_accelerator(config))
     same_run = ["train.checkpoint_every_steps=7", "sampling.steps=3", "run.name='b'", "train.order='sequence'"]
     other_run = ["run.seed=1", "lora.alpha=3", "flow.shift=4.0", "low.learning_rate=1e-5", "data.caption_dropout=0.5"]
     first = training_fingerprint(config, data)
@@ -294,7 +293,7 @@ def test_fewer_processes_than_asked_for_is_an_error(make_config, monkeypatch):
 
 def test_the_whole_job_from_clips_to_report_and_a_second_call_that_costs_nothing(make_config, capsys):
     config = make_config()
-    run(config)
+    run(config, StopRequest())
     folder = config.run_folder
     for name in ("config.toml", "metrics.jsonl", "report.html", "data_report.jsonl", "evaluation.json"):
         assert (folder / name).stat().st_size > 0, name
@@ -311,7 +310,7 @@ def test_the_whole_job_from_clips_to_report_and_a_second_call_that_costs_nothing
     for file in [*folder.glob("adapter/**/*.safetensors"), folder / "report.html"]:
         assert str(folder.parent).encode() not in file.read_bytes(), f"{file.name} holds a local path"
     capsys.readouterr()
-    run(config)
+    run(config, StopRequest())
     assert "complete" in capsys.readouterr().out
 
 
@@ -361,7 +360,64 @@ def test_a_signal_leaves_a_checkpoint_and_143(make_config, tmp_path, number):
     assert process.returncode == 143, output
     done = len(metrics.read_text().splitlines())
     states = load_state_of(config)
-    assert states["high"].step == done and f"stopped after high step {done}" in output
+    assert states["high"].step == done and f"stopping after high step {done}" in output
+
+
+SIGNAL_PHASES = {
+    "while captions and clips are encoded": ("data.samples", "Cache.write"),
+    "while an expert is loaded": ("train.trainer", "load_expert"),
+    "while a preview is sampled": ("train.showcase", "sample"),
+    "while the adapter is verified": ("train.job", "verify_adapter_folder"),
+    "while the evaluation compares": ("train.showcase", "compare"),
+}
+
+
+@pytest.mark.parametrize("phase", SIGNAL_PHASES)
+def test_outside_the_training_loop_a_signal_acts_at_once(make_config, tmp_path, monkeypatch, phase):
+    module, name = SIGNAL_PHASES[phase]
+    config = make_config(f"data.cache='{tmp_path / 'cache'}'", "high.steps=2", "low.steps=2")
+    calls = []
+
+    def interrupted(*arguments, **keywords):
+        calls.append(name)
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on after the signal")
+
+    owner = importlib.import_module(module)
+    *path, attribute = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, attribute, interrupted)
+        with pytest.raises(Stopped, match="SIGTERM"):
+            run(config, StopRequest())
+    assert calls == [name]
+    run(config, StopRequest())
+    assert (config.run_folder / "report.html").is_file()
+
+
+def test_a_signal_that_waits_is_raised_when_the_wait_ends():
+    stop = StopRequest()
+    with pytest.raises(Stopped, match="SIGUSR1"), stop.deferred():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.signal_number == signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # a second one ends the process
+    assert not issubclass(Stopped, Exception)  # or a library's `except Exception` would swallow it
+
+
+def test_a_signal_during_the_imports_is_143_without_a_traceback(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", "--config", "configs/pocket.toml", f"run.folder='{tmp_path}'"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors == "stopped by SIGINT; the same command goes on from here\n"
 
 
 def load_state_of(config: Config) -> dict[str, ExpertState]:

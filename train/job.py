@@ -31,8 +31,12 @@ from .trainer import ExpertState, ExpertTrainer
 States = dict[ExpertName, ExpertState]
 
 
-def run(config: Config) -> None:
-    """Do the whole job, or what is left of it."""
+def run(config: Config, stop: StopRequest) -> None:
+    """Do the whole job, or what is left of it.
+
+    Raises:
+        Stopped: a signal came; the same call goes on from there.
+    """
     base = base_folder(config.model.base, [EXPERTS[name].component for name in config.steps()], config.model.revision)
     accelerator = make_accelerator(config)
     quiet_libraries()
@@ -42,8 +46,7 @@ def run(config: Config) -> None:
         say(f"this run is complete: {folder / 'report.html'}. Give another run.name to train again.")
         return
     load_judge(config.evaluation.content)
-    stop = StopRequest(accelerator)
-    data = prepare_data(config, accelerator)
+    clips, data = prepare_data(config, accelerator)
     if accelerator.is_main_process:
         (folder / "config.toml").write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
     metrics = Metrics(config, accelerator)
@@ -55,7 +58,7 @@ def run(config: Config) -> None:
         say(f"wrote {path}")
     verify_adapter_folder(config.model.base, folder / "adapter", adapters, config.model.revision)
     say("each file was loaded into a fresh expert by diffusers: every key matched, the output changed")
-    showcase.show(config, metrics)
+    showcase.show(config, metrics, clips)
     accelerator.end_training()
 
 
@@ -81,9 +84,13 @@ def train_experts(
         if state.step >= stretch.stop:
             continue
         trainer = ExpertTrainer(config, stretch.expert, state, base, accelerator)
-        run_stretch(trainer, stretch, data, metrics, stop, save)
-        trainer.close()
-        save()
+        with stop.deferred():
+            stopped = run_stretch(trainer, stretch, data, metrics, stop, save)
+            trainer.close()
+            save()
+            if stopped:
+                say(f"stopping after {stretch.expert} step {state.step}, which is saved")
+                raise Stopped(signal.Signals(stopped).name)
         if is_midway(config, states) and accelerator.is_main_process:
             adapters = [make_adapter(config, name, s) for name, s in states.items() if s.weights]
             showcase.preview_midway(config, adapters)
@@ -98,8 +105,8 @@ def run_stretch(
     metrics: Metrics,
     stop: StopRequest,
     save: Callable[[], None],
-) -> None:
-    """Steps of one expert up to the stretch's end."""
+) -> int:
+    """Steps of one expert up to the stretch's end, or to a signal, which is returned; 0 where none came."""
     config, state = trainer.config, trainer.state
     label = f"{stretch.expert}-noise expert, steps {state.step + 1}-{stretch.stop}"
     with progress_bar(label, stretch.stop - stretch.start) as bar:
@@ -107,14 +114,13 @@ def run_stretch(
             record = trainer.take_step(data)
             metrics.add(record)
             bar.update(state.step - stretch.start, f"loss {record.loss:.4f}  {record.seconds:.2f} s/step")
-            # Once in a while
-            stopped = stop.check()
-            if stopped or (state.step % config.train.checkpoint_every_steps == 0 and state.step < stretch.stop):
+            if stopped := stop.check(trainer.accelerator):
+                return stopped
+            # Once in a while: a checkpoint.
+            if state.step % config.train.checkpoint_every_steps == 0 and state.step < stretch.stop:
                 trainer.save_state()
                 save()
-            if stopped:
-                say(f"stopped after {stretch.expert} step {state.step}; the same command goes on from here")
-                raise Stopped(signal.Signals(stopped).name)
+    return 0
 
 
 def is_midway(config: Config, states: Mapping[ExpertName, ExpertState]) -> bool:

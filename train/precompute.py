@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from data.batches import TrainingData
 from data.cache import Cache
-from data.clips import find_clips
+from data.clips import Clip, find_clips
 from data.samples import precompute
 from wan_finetune.encoders import TextEncoder, VideoEncoder
 from wan_finetune.errors import InputError
@@ -21,12 +21,13 @@ from wan_finetune.settings import load_settings
 
 from .config import Config
 from .engine import make_accelerator
+from .signals import Stopped, StopRequest
 from .tracking import progress_bar, say
 
 ENCODERS = ("vae", "text_encoder", "tokenizer")
 
 
-def prepare_data(config: Config, accelerator: Accelerator) -> TrainingData:
+def prepare_data(config: Config, accelerator: Accelerator) -> tuple[list[Clip], TrainingData]:
     """Find the clips, report on each, encode what is not in the cache, and let the encoders go."""
     folder = config.run_folder
     clips, rows = find_clips(config.data)
@@ -60,8 +61,10 @@ def prepare_data(config: Config, accelerator: Accelerator) -> TrainingData:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
+        if bar.label not in names.values():
+            bar.update(1, "nothing is missing")
     accelerator.wait_for_everyone()
-    return TrainingData(samples, cache, text_fingerprint=text_fingerprint)
+    return clips, TrainingData(samples, cache, text_fingerprint=text_fingerprint)
 
 
 class Encoders:
@@ -91,12 +94,16 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the file")
     arguments = parser.parse_args()
     try:
+        StopRequest()
         config = load_settings(Config, arguments.config, arguments.overrides)
         quiet_libraries()
-        data = prepare_data(config, make_accelerator(config))
+        _, data = prepare_data(config, make_accelerator(config))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"stopped by {stopped}; the same command goes on from here", file=sys.stderr)
+        return stopped.exit_code
     say(f"the caches in {config.data.cache} hold all {len(data.samples)} samples")
     return 0
 

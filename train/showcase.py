@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from diffusers import WanPipeline
 
-from data.clips import find_clips
+from data.clips import Clip
 from data.samples import window_frames
 from wan_finetune.adapters import Adapter
 from wan_finetune.captions import with_trigger
@@ -58,7 +58,7 @@ def preview_midway(config: Config, adapters: Sequence[Adapter]) -> None:
         write(config, midway_folder(config), "adapter", wanted, make_clips(config, pipe, wanted, "midway preview"))
 
 
-def show(config: Config, metrics: Metrics) -> None:
+def show(config: Config, metrics: Metrics, clips: Sequence[Clip]) -> None:
     """Sample base and exported adapter side by side, evaluate, and write the report."""
     folder = config.run_folder
     previews = preview_requests(config)
@@ -74,7 +74,6 @@ def show(config: Config, metrics: Metrics) -> None:
     final = folder / "samples" / "final"
     base_files = write(config, final / "base", "base", previews, base[:shown])
     adapter_files = write(config, final / "adapter", "adapter", previews, adapter[:shown])
-    clips, _ = find_clips(config.data)
     reference = [window_frames(clip, clip.start_seconds[0], config.data.fps) for clip in clips]
     figures = compare(
         base[shown:],

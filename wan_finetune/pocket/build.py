@@ -21,7 +21,7 @@ MODEL = Path(__file__).parent / "model"
 SEED = 1
 PLAIN_VARIANTS, GRADED_VARIANTS = 12, 4
 """Rendered clips of each training combination that the denoiser learns from: as they are, and in random looks."""
-STEPS = {"stills": 800, "clips": 1100, "decoder": 3500, "denoiser": 5900, "high": 250, "low": 250}
+STEPS = {"stills": 800, "clips": 1100, "decoder": 6000, "denoiser": 14000, "high": 400, "low": 400}
 BATCH = 32
 MAX_BYTES = 16 << 20
 
