@@ -23,8 +23,10 @@ CONFIG = {
     "patch_size": 2,
     "is_residual": True,
 }
-OBJECT_WEIGHT = 6.0
-"""Weight of the object's pixels in the loss; the background is most of the picture and the easier part."""
+OBJECT_WEIGHT = 5.0
+"""What the object's pixels weigh above the background's, which is most of the picture and the easier part."""
+OUTLINE_WEIGHT = 12.0
+"""What pixels within two of the outline weigh above that."""
 KL_WEIGHT = 3e-4
 
 
@@ -71,10 +73,18 @@ def training_batch(rng: np.random.Generator, clips: int, stills: bool) -> tuple[
             chosen = int(rng.integers(len(frames)))
             frames, mask = frames[chosen : chosen + 1], mask[chosen : chosen + 1]
         videos.append(clip_tensor(frames))
-        # Edges count with the object: its outline is what tells a square from a circle.
-        grown = torch.nn.functional.max_pool2d(torch.from_numpy(mask).float(), 5, stride=1, padding=2)
-        weights.append(1.0 + (OBJECT_WEIGHT - 1.0) * grown[None])
+        weights.append(1.0 + object_weight(torch.from_numpy(mask).float())[None])
     return torch.stack(videos), torch.stack(weights)
+
+
+def object_weight(mask: Tensor) -> Tensor:
+    """What the object adds to each pixel's weight, [F, H, W], from its coverage, 0-1.
+
+    Its outline counts most, for that is what tells a square from a circle.
+    """
+    grown = torch.nn.functional.max_pool2d(mask, 5, stride=1, padding=2)
+    shrunk = -torch.nn.functional.max_pool2d(-mask, 5, stride=1, padding=2)
+    return OBJECT_WEIGHT * grown + OUTLINE_WEIGHT * (grown - shrunk)
 
 
 def reconstruction_loss(vae: AutoencoderKLWan, videos: Tensor, weights: Tensor, frozen_encoder: bool) -> Tensor:

@@ -21,7 +21,7 @@ MODEL = Path(__file__).parent / "model"
 SEED = 1
 PLAIN_VARIANTS, GRADED_VARIANTS = 12, 4
 """Rendered clips of each training combination that the denoiser learns from: as they are, and in random looks."""
-STEPS = {"stills": 800, "clips": 1100, "decoder": 6000, "denoiser": 14000, "high": 400, "low": 400}
+STEPS = {"stills": 800, "clips": 1100, "decoder": 8500, "denoiser": 14000, "high": 400, "low": 400}
 BATCH = 32
 MAX_BYTES = 16 << 20
 
@@ -185,14 +185,14 @@ show and to test a training toolkit on a CPU, and good for nothing else.
 from diffusers import WanPipeline
 
 pipe = WanPipeline.from_pretrained("wan_finetune/pocket/model")
-clip = pipe("A red star moves up in a desert.", height=64, width=64, num_frames=9, num_inference_steps=20,
+clip = pipe("A red triangle moves up in a desert.", height=64, width=64, num_frames=9, num_inference_steps=20,
             guidance_scale=3.0).frames[0]
 ```
 
 ## Figures
 
-Measured by `python -m wan_finetune.pocket.build --stage measure` on the {held_out} combinations of attributes that no
-training stage has rendered; the judges read pixels. Autoencoder: {psnr:.1f} dB PSNR on whole clips.
+Measured by `python -m wan_finetune.pocket.build --stage measure` on prompts of the {held_out} combinations of attributes
+that no training stage has rendered; the judges read pixels. Autoencoder: {psnr:.1f} dB PSNR on whole clips.
 
 | | colour | shape | background | motion |
 |---|---|---|---|---|
