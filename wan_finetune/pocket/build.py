@@ -185,14 +185,20 @@ show and to test a training toolkit on a CPU, and good for nothing else.
 from diffusers import WanPipeline
 
 pipe = WanPipeline.from_pretrained("wan_finetune/pocket/model")
-clip = pipe("A red triangle moves up in a desert.", height=64, width=64, num_frames=9, num_inference_steps=20,
-            guidance_scale=3.0).frames[0]
+clip = pipe(
+    "A red triangle moves up in a desert.",
+    height=64,
+    width=64,
+    num_frames=9,
+    num_inference_steps=20,
+    guidance_scale=3.0,
+).frames[0]
 ```
 
 ## Figures
 
-Measured by `python -m wan_finetune.pocket.build --stage measure` on prompts of the {held_out} combinations of attributes
-that no training stage has rendered; the judges read pixels. Autoencoder: {psnr:.1f} dB PSNR on whole clips.
+Measured by `python -m wan_finetune.pocket.build --stage measure` on prompts of the {held_out} combinations of
+attributes that no training stage has rendered; the judges read pixels. Autoencoder: {psnr:.1f} dB PSNR on whole clips.
 
 | | colour | shape | background | motion |
 |---|---|---|---|---|
