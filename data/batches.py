@@ -3,15 +3,20 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wan_finetune.addressing import numpy_rng
 from wan_finetune.errors import InputError
+from wan_finetune.spec import LATENT_CHANNELS
 
 from .cache import Cache, Kind, text_key
-from .samples import Sample
+from .config import DataConfig, Expert
+from .samples import Sample, SampleTable
+from .schedule import Schedule, Share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,63 +27,155 @@ class Batch:
     """Raw latent means [B, C, f, h, w], fp32."""
     text: list[Tensor]
     """B embeddings [L_i, D], real rows only, in the encoder's dtype."""
+    masks: Tensor | None
+    """How much each place of a latent counts [B, f, h, w], 0..1, or None where no sample has a mask."""
+    weights: Tensor
+    """Factor of each clip's loss [B]."""
     names: list[str]
     """The clips they come from."""
 
 
-def choose_caption(sample: Sample, rng: np.random.Generator, dropout: float) -> str:
-    """One of the sample's captions, each as likely, or "" with probability `dropout`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chosen:
+    """One place of a batch, settled."""
 
-    Address the generator by (seed, expert, "caption", step, position).
-    """
-    # Both draws are made always, so that the caption chosen does not depend on the dropout.
-    dropped, choice = rng.random(), rng.integers(len(sample.captions))
-    return "" if dropped < dropout else sample.captions[int(choice)]
+    sample: Sample
+    window: int
+    """Which of the sample's windows."""
+    caption: str
 
 
 class TrainingData:
-    """Samples whose tensors lie in the cache; those used last stay in memory, up to `memory_bytes`."""
+    """Samples whose tensors lie in the cache; captions used last stay in memory, up to `memory_bytes`."""
 
     def __init__(
-        self, samples: Sequence[Sample], cache: Cache, *, text_fingerprint: str, memory_bytes: int = 2**30
+        self,
+        samples: SampleTable,
+        cache: Cache,
+        config: DataConfig,
+        *,
+        text_fingerprint: str,
+        memory_bytes: int = 2**28,
     ) -> None:
-        self.samples = list(samples)
-        self._cache = cache
+        self.samples, self.config = samples, config
+        self.cache = cache
         self._text_fingerprint = text_fingerprint
         self._memory_bytes = memory_bytes
-        self._held: OrderedDict[tuple[Kind, str], Tensor] = OrderedDict()
+        self._held: OrderedDict[str, Tensor] = OrderedDict()
         self.held_bytes = 0
 
-    @property
-    def buckets(self) -> list[str]:
-        """The bucket of each sample, as `schedule.batch_at` wants them."""
-        return [str(sample.bucket) for sample in self.samples]
-
-    def load(self, indices: Sequence[int], captions: Sequence[str]) -> Batch:
-        """The batch of these samples, all of one bucket, each with the caption chosen for it.
+    def load(self, chosen: Sequence[Chosen]) -> Batch:
+        """The batch of these places, all of one bucket.
 
         Raises:
-            ValueError: samples of several buckets, or not one caption for each.
+            ValueError: samples of several buckets.
             InputError: an entry is missing from the cache or damaged.
         """
-        chosen = [self.samples[index] for index in indices]
-        if len({sample.bucket for sample in chosen}) != 1 or len(captions) != len(chosen):
-            raise ValueError(f"a batch is one bucket's, with a caption each; got {chosen} and {len(captions)} captions")
-        latents = [self._tensor("latent", sample.latent_key) for sample in chosen]
-        text = [self._tensor("text", text_key(caption, self._text_fingerprint)) for caption in captions]
-        return Batch(latents=torch.stack(latents), text=text, names=[sample.clip for sample in chosen])
+        if len({place.sample.bucket for place in chosen}) != 1:
+            raise ValueError(f"a batch is one bucket's; got {sorted({str(p.sample.bucket) for p in chosen})}")
+        latents = torch.empty(len(chosen), LATENT_CHANNELS, *chosen[0].sample.bucket.latent_shape)
+        for latent, place in zip(latents, chosen, strict=True):
+            key = place.sample.latent_keys[place.window]
+            if not self.cache.read_into("latent", key, latent):
+                self._raise_missing("latent", key)
+        return Batch(
+            latents=latents,
+            text=[self._text(place.caption) for place in chosen],
+            masks=self._masks(chosen),
+            weights=torch.tensor([self.config.sources[place.sample.source].loss_weight for place in chosen]),
+            names=[place.sample.clip for place in chosen],
+        )
 
-    def _tensor(self, kind: Kind, key: str) -> Tensor:
-        if (kind, key) in self._held:
-            self._held.move_to_end((kind, key))
-            return self._held[kind, key]
-        entry = self._cache.read(kind, key)
+    def used_keys(self) -> dict[Kind, set[str]]:
+        """The keys of all entries that training may ask for."""
+        used: dict[Kind, set[str]] = {"latent": set(), "mask": set(), "text": {self._text_key("")}}
+        for sample in self.samples:
+            used["latent"].update(sample.latent_keys)
+            used["mask"].update(sample.mask_keys)
+            used["text"].update(self._text_key(caption) for orders in sample.captions for caption in orders)
+        return used
+
+    def _masks(self, chosen: Sequence[Chosen]) -> Tensor | None:
+        if not any(place.sample.mask_keys for place in chosen):
+            return None
+        masks = torch.ones(len(chosen), *chosen[0].sample.bucket.latent_shape)
+        for mask, place in zip(masks, chosen, strict=True):
+            if place.sample.mask_keys and not self.cache.read_into("mask", place.sample.mask_keys[place.window], mask):
+                self._raise_missing("mask", place.sample.mask_keys[place.window])
+        return masks
+
+    def _text(self, caption: str) -> Tensor:
+        """One caption's rows; those used last are held, for captions come again and again."""
+        if caption in self._held:
+            self._held.move_to_end(caption)
+            return self._held[caption]
+        key = self._text_key(caption)
+        entry = self.cache.read("text", key)
         if entry is None:
-            raise InputError(f"{self._cache.path(kind, key)}: not in the cache; run the precompute again")
-        tensor = entry[kind]
-        self._held[kind, key] = tensor
-        self.held_bytes += tensor.nbytes
+            self._raise_missing("text", key)
+        rows = self._held[caption] = entry["text"]
+        self.held_bytes += rows.nbytes
         while self.held_bytes > self._memory_bytes:
             _, dropped = self._held.popitem(last=False)
             self.held_bytes -= dropped.nbytes
-        return tensor
+        return rows
+
+    def _text_key(self, caption: str) -> str:
+        return text_key(caption, self._text_fingerprint)
+
+    def _raise_missing(self, kind: Kind, key: str) -> NoReturn:
+        raise InputError(f"{self.cache.path(kind, key)}: not in the cache; run the same command again")
+
+
+class ExpertBatches:
+    """What one expert is trained on, batch by batch: a function of seed, expert and step.
+
+    Args:
+        batch_size: clips in a global batch of each bucket, by the bucket's name.
+
+    Raises:
+        InputError: no sample is for this expert.
+    """
+
+    def __init__(self, data: TrainingData, expert: Expert, seed: int, batch_size: dict[str, int]) -> None:
+        self.data, self.expert, self.seed = data, expert, seed
+        sources, stills = data.samples.column("source"), data.samples.column("still")
+        mine = [
+            expert in experts_of(data.config, int(s), bool(still)) for s, still in zip(sources, stills, strict=True)
+        ]
+        self.indices = np.flatnonzero(mine)
+        if not len(self.indices):
+            raise InputError(
+                f"none of the {len(sources)} samples is for the {expert}-noise expert: stills go to the low-noise one "
+                f"alone; add videos, name it in the experts of a source, or leave it out of train.experts"
+            )
+        self.schedule = Schedule(
+            buckets=data.samples.column("bucket")[self.indices].tolist(),
+            sources=sources[self.indices].tolist(),
+            shares=[Share(repeats=source.repeats or 1, weight=source.weight) for source in data.config.sources],
+            batch_size=batch_size,
+            address=(seed, expert),
+        )
+
+    def places(self, step: int) -> list[Chosen]:
+        """The global batch of a step, each place settled."""
+        _, visits = self.schedule.batch_at(step)
+        return [self.choose(step, position, int(self.indices[v.sample]), v.epoch) for position, v in enumerate(visits)]
+
+    def choose(self, step: int, position: int, index: int, epoch: int) -> Chosen:
+        """One of a sample's windows, by the epoch; and one of its captions, or the empty one."""
+        sample: Sample = self.data.samples[index]
+        rng = numpy_rng(self.seed, self.expert, "caption", step, position)
+        # All draws are made always, so that the caption chosen does not depend on the dropout.
+        dropped = rng.random() < self.data.config.caption_dropout
+        orders = sample.captions[int(rng.integers(len(sample.captions)))]
+        caption = orders[int(rng.integers(len(orders)))]
+        window = 0
+        if len(sample.latent_keys) > 1:
+            window = int(numpy_rng(self.seed, self.expert, "window", epoch, index).integers(len(sample.latent_keys)))
+        return Chosen(sample=sample, window=window, caption="" if dropped else caption)
+
+
+def experts_of(config: DataConfig, source: int, still: bool) -> tuple[Expert, ...]:
+    """Which experts see a sample: what its source says; else both see videos, and stills teach no motion."""
+    return config.sources[source].experts or (("low",) if still else ("high", "low"))

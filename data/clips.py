@@ -1,188 +1,168 @@
-"""From folders to clips: each video file with its captions, bucket and windows, or the reason why it is left out."""
+"""From sources to clips: each with its captions, bucket and windows, or the reason why it is left out."""
 
-import importlib
 import json
-import os
-import secrets
-import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from wan_finetune.captions import clean_caption, with_trigger
-from wan_finetune.errors import InputError
-from wan_finetune.video import VideoFault, VideoInfo, probe
+from wan_finetune.captions import clean_caption
+from wan_finetune.video import VideoInfo
 
 from .buckets import Bucket, choose_bucket
+from .captions import compose, variants
 from .config import DataConfig, SourceConfig
-from .windows import window_starts
+from .framing import Box, crop_box, lost_area
+from .inspection import Inspected, Inspector
+from .items import Fault, Item
+from .sources import read_source
+from .windows import TOO_SHORT, Span, possible_starts, too_short, window_starts
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+TAG_ORDERS = 4
+"""How many orders of a caption's tags are encoded where they are shuffled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
-    """A video file that is trained on."""
+    """A file, or a shot of it, that is trained on."""
 
     name: str
-    """Path relative to its source folder, with forward slashes."""
-    info: VideoInfo
-    captions: tuple[str, ...]
-    """At least one; cleaned as the pipeline cleans a prompt, trigger included."""
+    """As in `Item`, with the shot's number where the file was split."""
+    path: Path
+    sha256: str
+    """Of the file's bytes."""
+    source: int
+    """Number of its source in the configuration."""
+    still: bool
+    width: int
+    """On display, in pixels."""
+    height: int
+    box: Box
+    """What of the picture the bucket shows."""
     bucket: Bucket
+    span: Span
+    """What of the file it is."""
     start_seconds: tuple[float, ...]
-    """Where its windows begin, ascending."""
+    """Where its windows begin, ascending; at least one."""
+    written: tuple[str, ...]
+    """Its captions as the source has them, one for each of `captions`."""
+    captions: tuple[tuple[str, ...], ...]
+    """At least one; each in all orders of its tags that are used; cleaned, trigger included."""
+    mask: Path | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One line of data_report.jsonl: a file, and what became of it."""
+    """One line of data_report.jsonl: a clip, and what became of it."""
 
     file: str
-    """Path relative to its source folder, so that the report leaks no local path."""
+    """Name within its source, so that the report leaks no local path."""
+    source: int
+    """Number of its source in the configuration, from 0."""
     used: bool
     bucket: str | None = None
     windows: tuple[float, ...] = ()
     """Start times in seconds."""
     reader: str | None = None
     captions: tuple[str, ...] = ()
+    lost_area: float | None = None
+    """Share of the picture that the bucket crops away, 0-1."""
     reason: str | None = None
-    """Fault and remedy where the file is not used."""
+    """Fault and remedy where it is not used."""
+    fault: bool = False
+    """Whether there is something to mend; a shot that is shorter than every bucket is merely passed over."""
 
     def to_json(self) -> str:
         """One line, keys in a fixed order, Chinese left readable."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
-def find_clips(config: DataConfig) -> tuple[list[Clip], list[Row]]:
-    """Read every source folder: the clips to train on, and a row for every file, sources and names in order.
+def find_clips(config: DataConfig, inspector: Inspector) -> Iterator[tuple[Row, Clip | None]]:
+    """A row for everything that the sources name, in order, and the clip where there is one.
 
     Raises:
-        InputError: a source is missing or holds no video; any fault at all under on_error "fail", all of them listed;
-            no clip left under "skip".
+        InputError: a whole source is unusable.
     """
-    clips: list[Clip] = []
-    rows: list[Row] = []
-    faults: list[str] = []
-    for source in config.sources:
-        make_folder(source)
-        videos, sidecars = list_files(source.path)
-        stems = {path.with_suffix("") for path in videos}
-        for path in videos:
-            name = path.relative_to(source.path).as_posix()
-            found = read_clip(path, name, config)
-            if isinstance(found, Clip):
-                clips.append(found)
-            else:
-                faults.append(f"{path}: {found}")
-            rows.append(row_of(name, found))
-        for path in sidecars:
-            if path.with_suffix("") not in stems:
-                reason = "a caption without a clip; add the clip of the same name or remove the caption"
-                faults.append(f"{path}: {reason}")
-                rows.append(row_of(path.relative_to(source.path).as_posix(), reason))
-    if faults and config.on_error == "fail":
-        raise InputError(
-            f"{len(faults)} of {len(rows)} files cannot be used:\n"
-            + "\n".join(f"  {fault}" for fault in faults)
-            + '\nMend them, or set data.on_error = "skip" to leave them out.'
-        )
-    if not clips:
-        raise InputError(
-            f"no clip is left of {len(rows)} files; mend at least one:\n" + "\n".join(f"  {fault}" for fault in faults)
-        )
-    return clips, rows
+    for number, source in enumerate(config.sources):
+        for item in read_source(source, config.cache / "media"):
+            if isinstance(item, Fault):
+                yield Row(file=item.name, source=number, used=False, reason=item.reason, fault=True), None
+                continue
+            found = inspector.inspect(item.path, source)
+            if isinstance(found, str):
+                yield Row(file=item.name, source=number, used=False, reason=found, fault=True), None
+                continue
+            for index, span in enumerate(found.spans):
+                name = item.name if len(found.spans) == 1 else f"{item.name}#{index + 1}"
+                clip = make_clip(item, name, found, span, number, config)
+                if isinstance(clip, str):
+                    fault = len(found.spans) == 1 or not clip.startswith(TOO_SHORT)
+                    reader = found.info.reader
+                    yield Row(file=name, source=number, used=False, reader=reader, reason=clip, fault=fault), None
+                else:
+                    yield row_of(clip, found.info), clip
 
 
-def row_of(name: str, found: Clip | str) -> Row:
-    """The report's line for a clip, or for a reason why there is none."""
-    if isinstance(found, str):
-        return Row(file=name, used=False, reason=found)
-    return Row(
-        file=name,
-        used=True,
-        bucket=str(found.bucket),
-        windows=found.start_seconds,
-        reader=found.info.reader,
-        captions=found.captions,
+def make_clip(item: Item, name: str, found: Inspected, span: Span, number: int, config: DataConfig) -> Clip | str:
+    """A clip with its bucket, windows and captions, or the reason, with its remedy, why it cannot be used."""
+    source, info = config.sources[number], found.info
+    composed = compose_captions(item.captions, source, config)
+    if not composed:
+        return "its caption is empty; describe the clip in it"
+    buckets = config.buckets_of(source)
+    still = info.reader == "pillow"
+    long_enough = [b for b in buckets if len(possible_starts(info, span, b, config.fps))]
+    if not long_enough:
+        return too_short(span, buckets, config.fps)
+    bucket = choose_bucket(
+        round(found.content.width), round(found.content.height), still, long_enough, buckets, config.upscale
+    )
+    if isinstance(bucket, str):
+        return bucket
+    mode = source.windows or config.windows
+    count = source.windows_per_clip or config.windows_per_clip
+    return Clip(
+        name=name,
+        path=item.path,
+        sha256=found.sha256,
+        source=number,
+        still=still,
+        width=info.width,
+        height=info.height,
+        box=crop_box(found.content, bucket, source.focus),
+        bucket=bucket,
+        span=span,
+        start_seconds=window_starts(info, span, bucket, config.fps, mode, count, found.sha256),
+        written=tuple(composed),
+        captions=tuple(composed.values()),
+        mask=item.mask,
     )
 
 
-def make_folder(source: SourceConfig) -> None:
-    """Call the source's maker where its folder does not exist yet.
-
-    The maker fills a temporary neighbour, which is then renamed: an interrupted maker leaves no half-filled folder,
-    and of two processes that start at once one prevails.
-    """
-    folder = source.path
-    if folder.exists() or source.make is None:
-        return
-    module_name, _, function_name = source.make.partition(":")
-    try:
-        maker = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"data.sources: make = {source.make!r} cannot be imported: {error}") from error
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        maker(partial)
-        if not partial.is_dir():
-            raise InputError(f"data.sources: make = {source.make!r} returned without making the folder it was given")
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def compose_captions(raw: tuple[str, ...], source: SourceConfig, config: DataConfig) -> dict[str, tuple[str, ...]]:
+    """What the text encoder is given for each of an item's captions that says anything."""
+    trigger, template = trigger_of(source, config), source.caption or config.caption
+    orders = TAG_ORDERS if config.shuffle_tags else 1
+    return {
+        caption: variants(compose(caption, trigger, template), trigger, orders, seed=0)
+        for caption in raw
+        if clean_caption(caption)
+    }
 
 
-def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Video files and .txt files below a folder, hidden ones left out, sorted by name.
-
-    Raises:
-        InputError: no such folder, nothing in it, or no video among its files.
-    """
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "no such folder"
-        raise InputError(f"data.sources: {folder}: {what}; point path at a folder of clips with .txt captions")
-    everything = (path for path in folder.rglob("*") if path.is_file())
-    files = [p for p in everything if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    files.sort(key=lambda path: path.relative_to(folder).as_posix())
-    videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
-    if not videos:
-        held = f"holds {len(files)} files and no video" if files else "the folder is empty"
-        raise InputError(f"data.sources: {folder}: {held}; put clips there ({' '.join(VIDEO_SUFFIXES)})")
-    return videos, [path for path in files if path.suffix.lower() == ".txt"]
+def trigger_of(source: SourceConfig, config: DataConfig) -> str:
+    """The trigger of a source's captions; regularisation sets have none."""
+    return "" if source.regularisation else (config.trigger if source.trigger is None else source.trigger)
 
 
-def read_clip(path: Path, name: str, config: DataConfig) -> Clip | str:
-    """A clip with its captions, bucket and windows, or the reason, with its remedy, why it cannot be used."""
-    try:
-        captions = read_captions(path, config.trigger)
-        info = probe(path)
-    except VideoFault as fault:
-        return fault.reason
-    bucket = choose_bucket(info, config.parsed_buckets, config.fps, config.upscale)
-    if isinstance(bucket, str):
-        return bucket
-    starts = window_starts(info, bucket, config.fps, config.windows_per_clip)
-    return Clip(name=name, info=info, captions=captions, bucket=bucket, start_seconds=starts)
-
-
-def read_captions(path: Path, trigger: str) -> tuple[str, ...]:
-    """Captions of a clip, one for each line of its sidecar that is not empty, cleaned, with the trigger.
-
-    Raises:
-        VideoFault: no sidecar, one that is not UTF-8, or one without a caption.
-    """
-    sidecar = next((p for p in (path.with_suffix(".txt"), path.with_suffix(".TXT")) if p.is_file()), None)
-    if sidecar is None:
-        raise VideoFault(path, f"has no caption; write one into {path.stem}.txt beside it")
-    try:
-        lines = sidecar.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise VideoFault(path, f"its caption {sidecar.name} is not UTF-8; save it as UTF-8") from None
-    cleaned = [caption for line in lines if (caption := clean_caption(line))]
-    if not cleaned:
-        raise VideoFault(path, f"its caption {sidecar.name} is empty; describe the clip in it")
-    return tuple(with_trigger(caption, clean_caption(trigger)) for caption in cleaned)
+def row_of(clip: Clip, info: VideoInfo) -> Row:
+    """The report's line for a clip."""
+    return Row(
+        file=clip.name,
+        source=clip.source,
+        used=True,
+        bucket=str(clip.bucket),
+        windows=clip.start_seconds,
+        reader=info.reader,
+        captions=tuple(orders[0] for orders in clip.captions),
+        lost_area=round(lost_area(clip.box, clip.width, clip.height), 4),
+    )

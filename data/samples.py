@@ -1,117 +1,164 @@
-"""Training samples, and the caches filled for them: every window and every caption is encoded once."""
+"""Training samples in an Arrow file, memory-mapped: a million of them cost no more memory than ten."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
-from torch import Tensor
 
-from wan_finetune.video import frame_indices, read_frames
-
-from .buckets import Bucket, fit_frames
-from .cache import Cache, file_sha256, latent_key, require_space, text_key
+from .buckets import Bucket
+from .cache import latent_key, mask_key
 from .clips import Clip
+from .framing import Box
 
-EncodeVideo = Callable[[NDArray[np.uint8]], Tensor]
-"""Frames [F, H, W, 3], uint8 RGB -> raw latent mean [C, f, h, w], fp32, not normalised."""
-EncodeText = Callable[[str], Tensor]
-"""A cleaned caption -> its real rows [L, D], without padding."""
-Progress = Callable[[str, int, int], None]
-"""Called as (stage "text" or "latent", done, total) after each item."""
+ROWS_AT_ONCE = 4096
+"""Samples held in memory while the file is written."""
 
-MAX_TOKENS = 512
+SCHEMA = pa.schema(
+    {
+        "clip": pa.string(),
+        "path": pa.string(),
+        "source": pa.int32(),
+        "still": pa.bool_(),
+        "bucket": pa.string(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "box": pa.list_(pa.float64(), 4),
+        "start_seconds": pa.list_(pa.float64()),
+        "latent_keys": pa.list_(pa.string()),
+        "captions": pa.list_(pa.list_(pa.string())),
+        "mask": pa.string(),
+        "mask_keys": pa.list_(pa.string()),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One window of one clip."""
+    """What one visit trains on: a window of a clip, or one of several that are drawn anew each epoch."""
 
     clip: str
-    """Name relative to the source folder."""
+    """Name within its source."""
+    path: Path
+    source: int
+    """Number of its source in the configuration."""
+    still: bool
     bucket: Bucket
-    start_seconds: float
-    captions: tuple[str, ...]
-    latent_key: str
+    width: int
+    """Of the picture on display, in pixels."""
+    height: int
+    box: Box
+    """What of it the bucket shows."""
+    start_seconds: tuple[float, ...]
+    """Where its windows begin, one for each latent."""
+    latent_keys: tuple[str, ...]
+    captions: tuple[tuple[str, ...], ...]
+    """Each in all orders of its tags that are used."""
+    mask: Path | None
+    mask_keys: tuple[str, ...]
+    """One for each latent, or none."""
+
+    def to_row(self) -> dict[str, Any]:
+        """As a row of the table."""
+        box = [self.box.left, self.box.top, self.box.right, self.box.bottom]
+        changed = {"path": str(self.path), "bucket": str(self.bucket), "box": box, "mask": None}
+        if self.mask is not None:
+            changed["mask"] = str(self.mask)
+        return {**{name: getattr(self, name) for name in SCHEMA.names}, **changed}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Sample":
+        """The inverse of `to_row`."""
+        changed = {
+            "path": Path(row["path"]),
+            "bucket": Bucket.parse(row["bucket"]),
+            "box": Box(*row["box"]),
+            "start_seconds": tuple(row["start_seconds"]),
+            "latent_keys": tuple(row["latent_keys"]),
+            "captions": tuple(tuple(orders) for orders in row["captions"]),
+            "mask": Path(row["mask"]) if row["mask"] else None,
+            "mask_keys": tuple(row["mask_keys"]),
+        }
+        return cls(**{**row, **changed})
 
 
-def list_samples(clips: Sequence[Clip], *, fps: float, video_fingerprint: str) -> list[Sample]:
-    """Every window of every clip, in the clips' order, then by start. Reads each file for its hash, decodes nothing."""
-    samples = []
-    for clip in clips:
-        digest = file_sha256(clip.info.path)
-        for start in clip.start_seconds:
-            key = latent_key(digest, start, clip.bucket, fps, video_fingerprint)
-            samples.append(
-                Sample(clip=clip.name, bucket=clip.bucket, start_seconds=start, captions=clip.captions, latent_key=key)
-            )
-    return samples
+def samples_of(clip: Clip, *, fps: float, draw_window: bool, encoder: str, mask_sha256: str | None) -> list[Sample]:
+    """A sample for each window of a clip, or one for them all where a window is drawn each epoch."""
+
+    def sample(starts: tuple[float, ...]) -> Sample:
+        views = [(start, clip.bucket, fps, clip.box) for start in starts]
+        return Sample(
+            clip=clip.name,
+            path=clip.path,
+            source=clip.source,
+            still=clip.still,
+            bucket=clip.bucket,
+            width=clip.width,
+            height=clip.height,
+            box=clip.box,
+            start_seconds=starts,
+            latent_keys=tuple(latent_key(clip.sha256, *view, encoder) for view in views),
+            captions=clip.captions,
+            mask=clip.mask,
+            mask_keys=tuple(mask_key(mask_sha256, *view) for view in views) if mask_sha256 else (),
+        )
+
+    if draw_window:
+        return [sample(clip.start_seconds)]
+    return [sample((start,)) for start in clip.start_seconds]
 
 
-def precompute(
-    clips: Sequence[Clip],
-    cache: Cache,
-    *,
-    fps: float,
-    video_fingerprint: str,
-    text_fingerprint: str,
-    encode_video: EncodeVideo,
-    encode_text: EncodeText,
-    progress: Progress,
-    rank: int = 0,
-    world_size: int = 1,
-) -> list[Sample]:
-    """Fill the cache with what is missing or damaged, and return all samples in a stable order.
+class SampleTable(Sequence[Sample]):
+    """The samples of an Arrow file; a row becomes a `Sample` when it is asked for."""
 
-    The dropped caption, "", is always among the texts. Each of `world_size` processes begins at its own place and
-    passes over what others have written meanwhile, so that any number of them share the work without talking.
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        with pa.memory_map(str(file)) as source:
+            self.table = pa.ipc.open_file(source).read_all()
 
-    Raises:
-        InputError: the disk is too small, or a clip cannot be decoded.
-    """
-    samples = list_samples(clips, fps=fps, video_fingerprint=video_fingerprint)
-    sources = {s.latent_key: (clip, s) for clip, s in zip(_owners(clips), samples, strict=True)}
-    latents = [key for key in sources if cache.read("latent", key) is None]
-    texts = list(dict.fromkeys(["", *(caption for clip in clips for caption in clip.captions)]))
-    texts = [caption for caption in texts if cache.read("text", text_key(caption, text_fingerprint)) is None]
+    def __len__(self) -> int:
+        return len(self.table)
 
-    latent_bytes = sum(sources[key][1].bucket.latent_bytes for key in latents)
-    require_space(cache.folder, latent_bytes, f"the cache of {len(latents)} latents")
-    for done, caption in enumerate(_from_own_place(texts, rank, world_size), 1):
-        key = text_key(caption, text_fingerprint)
-        if not cache.has("text", key):
-            rows = encode_text(caption)
-            if done == 1:
-                row_bytes = rows.shape[1] * rows.element_size()
-                text_bytes = sum(min(MAX_TOKENS, len(text.encode()) + 2) for text in texts) * row_bytes
-                require_space(cache.folder, text_bytes + latent_bytes, "the cache of captions and latents")
-            cache.write("text", key, {"text": rows}, {"caption": caption, "encoder": text_fingerprint})
-        progress("text", done, len(texts))
-    for done, key in enumerate(_from_own_place(latents, rank, world_size), 1):
-        if not cache.has("latent", key):
-            clip, sample = sources[key]
-            latent = encode_video(window_frames(clip, sample.start_seconds, fps))
-            record = {
-                "bucket": str(sample.bucket),
-                "start_seconds": repr(sample.start_seconds),
-                "fps": repr(fps),
-                "encoder": video_fingerprint,
-            }
-            cache.write("latent", key, {"latent": latent.float()}, record)
-        progress("latent", done, len(latents))
-    return samples
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = {name: column[int(index)].as_py() for name, column in zip(SCHEMA.names, self.table.columns, strict=True)}
+        return Sample.from_row(row)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One column as an array [N]."""
+        return self.table.column(name).to_numpy()
 
 
-def window_frames(clip: Clip, start_seconds: float, fps: float) -> NDArray[np.uint8]:
-    """One window as the encoder sees it: frames [F, H, W, 3] of the clip's bucket. Raises InputError."""
-    indices = frame_indices(clip.info, start_seconds=start_seconds, num_frames=clip.bucket.num_frames, fps=fps)
-    return fit_frames(read_frames(clip.info, indices), clip.bucket)
+def write_samples(folder: Path, samples: Iterable[Sample]) -> Path:
+    """Write samples into `folder`, in a file named by their content; it appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    digest = hashlib.sha256()
+    try:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            for rows in _chunks(sample.to_row() for sample in samples):
+                digest.update(json.dumps(rows, sort_keys=True).encode())
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
+        file = folder / f"{digest.hexdigest()[:32]}.arrow"
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+    return file
 
 
-def _owners(clips: Sequence[Clip]) -> list[Clip]:
-    return [clip for clip in clips for _ in clip.start_seconds]
-
-
-def _from_own_place(work: list[str], rank: int, world_size: int) -> list[str]:
-    first = len(work) * rank // world_size
-    return work[first:] + work[:first]
+def _chunks(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    chunk: list[dict[str, Any]] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == ROWS_AT_ONCE:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

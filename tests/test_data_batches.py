@@ -1,4 +1,4 @@
-"""Order by address alone, and batches that hold what was cached."""
+"""Batches that hold what was cached, and choices that depend on their address alone."""
 
 import math
 from collections import Counter
@@ -6,115 +6,123 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from PIL import Image
 
-from data.batches import TrainingData, choose_caption
+from data.batches import Chosen, ExpertBatches, TrainingData
 from data.cache import Cache
-from data.clips import find_clips
-from data.samples import list_samples
-from data.schedule import batch_at, cycle_length
-from tests.data_material import Encoders, config_for, good_folder, run_precompute
-from wan_finetune.addressing import numpy_rng
+from tests.data_material import add_clip, config_for, good_folder, prepare
 from wan_finetune.errors import InputError
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return good_folder(tmp_path)
+def material(tmp_path):
+    """The configuration and the samples of three clips, encoded."""
+
+    def make(*sources, **changes):
+        config = config_for(*(sources or (good_folder(tmp_path),)), cache=tmp_path / "cache", **changes)
+        return config, prepare(config, tmp_path / "data_report.jsonl")
+
+    return make
 
 
-bucket_lists = st.lists(st.sampled_from("abc"), min_size=1, max_size=25)
+def data_of(config, samples, **changes):
+    return TrainingData(samples, Cache(config.cache), config, text_fingerprint="umt5-1", **changes)
 
 
-@given(bucket_lists, st.integers(1, 6), st.integers(0, 2**31), st.sampled_from(["high", "low"]))
-@settings(max_examples=60, deadline=None)
-def test_every_sample_is_seen_once_in_each_epoch_of_its_bucket(buckets, batch_size, seed, expert):
-    length = cycle_length(buckets, batch_size)
-    assert length == sum(-(-n // batch_size) for n in Counter(buckets).values())
-    seen = {name: [] for name in set(buckets)}
-    for cycle in range(3):
-        names = []
-        for step in range(cycle * length, (cycle + 1) * length):
-            batch = batch_at(step, buckets=buckets, batch_size=batch_size, seed=seed, expert=expert)
-            assert len(batch) == batch_size and len({buckets[i] for i in batch}) == 1
-            names.append(buckets[batch[0]])
-            seen[names[-1]] += batch
-        assert Counter(names) == {name: -(-n // batch_size) for name, n in Counter(buckets).items()}
-    for name, stream in seen.items():
-        members = [i for i, bucket in enumerate(buckets) if bucket == name]
-        assert len(stream) >= 3 * len(members)
-        for start in range(0, len(stream) - len(members) + 1, len(members)):
-            assert sorted(stream[start : start + len(members)]) == members
+def place(samples, index, caption, window=0):
+    return Chosen(sample=samples[index], window=window, caption=caption)
 
 
-def test_batch_depends_on_its_arguments_alone():
-    buckets = ["a"] * 7 + ["b"] * 5
-
-    def batches(steps, **changes):
-        arguments = {"buckets": buckets, "batch_size": 2, "seed": 1, "expert": "high", **changes}
-        return {step: batch_at(step, **arguments) for step in steps}
-
-    forward = batches(range(60))
-    np.random.seed(3)
-    torch.manual_seed(3)
-    backward = batches(reversed(range(60)))
-    assert forward == backward and batches([41])[41] == forward[41]
-    assert forward != batches(range(60), seed=2) and forward != batches(range(60), expert="low")
-    orders = {tuple(i for s in range(35) for i in forward[s] if buckets[i] == "a")[7 * e : 7 * e + 7] for e in range(4)}
-    assert len(orders) == 4
-    # The members' order changes from epoch to epoch, and so does the buckets' from cycle to cycle.
-    assert len({tuple(buckets[forward[s][0]] for s in range(7 * c, 7 * c + 7)) for c in range(8)}) > 1
-    for wrong in ({"buckets": []}, {"batch_size": 0}):
-        with pytest.raises(ValueError, match="needs samples"):
-            batches([0], **wrong)
-
-
-def test_batches_hold_the_cached_tensors(folder, tmp_path):
-    clips, _ = find_clips(config_for(folder))
-    cache = Cache(tmp_path / "cache")
-    samples = run_precompute(clips, cache, Encoders())
-    training = TrainingData(samples, cache, text_fingerprint="umt5-1")
-    assert training.buckets == ["64x64x17"] * 3
-    batch = training.load([2, 0], ["", "a blue square"])
-    assert batch.names == ["sub/c.mkv", "a.MOV"] and batch.latents.dtype == torch.float32
-    assert batch.latents.shape == (2, 2, 5, 8, 8)
+def test_batches_hold_the_cached_tensors(material):
+    config, samples = material()
+    data, cache = data_of(config, samples), Cache(config.cache)
+    batch = data.load([place(samples, 2, ""), place(samples, 0, "a blue square")])
+    assert batch.names == ["sub/c.mkv", "a.MOV"] and batch.latents.dtype == torch.float32 and batch.masks is None
+    assert batch.latents.shape == (2, 16, 5, 8, 8) and batch.weights.tolist() == [1.0, 1.0]
     for row, index in zip(batch.latents, (2, 0), strict=True):
-        assert torch.equal(row, cache.read("latent", samples[index].latent_key)["latent"])
+        assert torch.equal(row, cache.read("latent", samples[index].latent_keys[0])["latent"])
     assert [tuple(rows.shape) for rows in batch.text] == [(1, 4), (4, 4)]
-    with pytest.raises(ValueError, match="a caption each"):
-        training.load([0, 1], [""])
-    with pytest.raises(InputError, match="not in the cache; run the precompute"):
-        training.load([0], ["never encoded"])
-    for entry in (tmp_path / "cache").rglob("*.safetensors"):
-        entry.unlink()
-    assert torch.equal(training.load([2], [""]).latents[0], batch.latents[0]), "still in memory"
+    with pytest.raises(InputError, match="not in the cache; run the same command again"):
+        data.load([place(samples, 0, "never encoded")])
 
 
-def test_memory_stays_below_its_bound(folder, tmp_path):
-    clips, _ = find_clips(config_for(folder))
-    cache = Cache(tmp_path / "cache")
-    samples = run_precompute(clips, cache, Encoders())
-    one_latent = 4 * 2 * 5 * 8 * 8
-    training = TrainingData(samples, cache, text_fingerprint="umt5-1", memory_bytes=2 * one_latent)
-    for index in (0, 1, 2, 1, 0, 2):
-        expected = cache.read("latent", samples[index].latent_key)["latent"]
-        assert torch.equal(training.load([index], [samples[index].captions[0]]).latents[0], expected)
-        assert 0 < training.held_bytes <= 2 * one_latent
+def test_captions_are_held_up_to_a_bound_and_latents_are_not(material):
+    config, samples = material()
+    data = data_of(config, samples, memory_bytes=200)
+    for caption in ("a blue square", "", "a red ball rolls", "a green star & a moon", ""):
+        # One row a word and one that ends the text, of four numbers each.
+        assert data.load([place(samples, 0, caption)]).text[0].shape == (len(caption.split()) + 1, 4)
+        assert 0 < data.held_bytes <= 200
 
 
-def test_captions_are_chosen_by_address_and_dropped_at_the_given_rate(folder):
-    clips, _ = find_clips(config_for(folder))
-    sample = list_samples(clips, fps=16.0, video_fingerprint="v")[1]
+def test_the_keys_in_use_are_those_of_the_cache(material):
+    config, samples = material(windows_per_clip=2)
+    data = data_of(config, samples)
+    assert {kind: keys for kind, keys in data.used_keys().items() if keys} == {
+        kind: data.cache.keys(kind) for kind in ("latent", "text")
+    }
+
+
+def places_of(config, samples, steps, seed=0, expert="high", batch_size=2):
+    batches = ExpertBatches(data_of(config, samples), expert, seed, dict.fromkeys(samples.column("bucket"), batch_size))
+    return [batches.places(step) for step in range(steps)]
+
+
+def test_captions_are_chosen_by_address_and_dropped_at_the_given_rate(material):
+    config, samples = material(caption_dropout=0.2)
 
     def chosen(dropout):
-        return [choose_caption(sample, numpy_rng(0, "high", "caption", s, 0), dropout) for s in range(2000)]
+        changed = config.model_copy(update={"caption_dropout": dropout})
+        return [p.caption for batch in places_of(changed, samples, 1500) for p in batch if p.sample.clip == "b.mp4"]
 
     counts = Counter(chosen(0.2))
-    assert chosen(0.2) == chosen(0.2) and set(counts) == {"", *sample.captions}
-    # Four standard deviations of a binomial of 2000.
-    assert abs(counts[""] - 400) < 4 * math.sqrt(2000 * 0.2 * 0.8)
-    assert abs(counts[sample.captions[0]] - 800) < 4 * math.sqrt(2000 * 0.4 * 0.6)
+    captions = [orders[0] for orders in samples[1].captions]
+    assert chosen(0.2) == chosen(0.2) and set(counts) == {"", *captions} and counts.total() == 1000
+    # Four standard deviations of a binomial of 1000.
+    assert abs(counts[""] - 200) < 4 * math.sqrt(1000 * 0.2 * 0.8)
+    assert abs(counts[captions[0]] - 400) < 4 * math.sqrt(1000 * 0.4 * 0.6)
     assert "" not in chosen(0.0) and set(chosen(1.0)) == {""}
     kept = zip(chosen(0.0), chosen(0.2), strict=True)
     assert all(with_dropout in ("", without) for without, with_dropout in kept)
+
+
+def test_a_random_window_is_a_function_of_seed_epoch_and_sample(material, tmp_path):
+    add_clip(tmp_path / "long", "a.mp4", num_frames=90)
+    config, samples = material(tmp_path / "long", windows="random", windows_per_clip=4)
+
+    def windows(**changes):
+        return [p.window for batch in places_of(config, samples, 200, batch_size=1, **changes) for p in batch]
+
+    drawn = windows()
+    assert drawn == windows() != windows(seed=1) and drawn != windows(expert="low")
+    # A fifth of 200 draws would be 50 each: four standard deviations.
+    assert all(abs(n - 50) < 4 * math.sqrt(200 * 0.25 * 0.75) for n in Counter(drawn).values()) and len(set(drawn)) == 4
+
+
+def test_stills_go_to_the_low_expert_unless_the_source_says_otherwise(material, tmp_path):
+    folder = tmp_path / "mixed"
+    add_clip(folder, "a.mp4")
+    Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(folder / "b.png")
+    (folder / "b.txt").write_text("a grey wall")
+    buckets = ["64x64x17", "64x64x1"]
+    config, samples = material(folder, buckets=buckets)
+
+    def clips(expert, config=config):
+        return {p.sample.clip for batch in places_of(config, samples, 20, expert=expert) for p in batch}
+
+    assert clips("high") == {"a.mp4"} and clips("low") == {"a.mp4", "b.png"}
+    both = config_for({"path": folder, "experts": ["high"]}, cache=config.cache, buckets=buckets)
+    assert clips("high", both) == {"a.mp4", "b.png"}
+    with pytest.raises(InputError, match="none of the 2 samples is for the low-noise expert"):
+        clips("low", both)
+
+
+def test_masks_and_weights_come_with_their_clips(material, tmp_path):
+    add_clip(tmp_path / "look", "a.mp4")
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "look" / "a.mask.png")
+    add_clip(tmp_path / "rest", "b.mp4", seed=9)
+    rest = {"path": tmp_path / "rest", "regularisation": True, "loss_weight": 0.25}
+    config, samples = material(tmp_path / "look", rest)
+    batch = data_of(config, samples).load([place(samples, 1, ""), place(samples, 0, "")])
+    assert batch.weights.tolist() == [0.25, 1.0]
+    assert torch.equal(batch.masks, torch.stack([torch.ones(5, 8, 8), torch.zeros(5, 8, 8)]))

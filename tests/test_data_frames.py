@@ -7,40 +7,58 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.buckets import Bucket, choose_bucket, fit_frames
-from data.windows import window_starts
+from data.buckets import ASPECTS, Bucket, automatic_buckets, choose_bucket, parse_buckets
+from data.framing import Box, crop_box, fit_frames, lost_area
+from data.windows import Span, possible_starts, too_short, whole, window_starts
 from tests.data_material import info_of
 
 
-def test_bucket_is_the_nearest_in_shape_then_the_largest_that_fits():
+def chosen_for(buckets, *, upscale=False, still=False, **clip):
+    info = info_of(**clip)
+    long_enough = [b for b in buckets if len(possible_starts(info, whole(info), b, 16.0))]
+    if not long_enough:
+        return too_short(whole(info), buckets, 16.0)
+    return choose_bucket(info.width, info.height, still, long_enough, buckets, upscale)
+
+
+def test_the_bucket_is_the_nearest_in_shape_then_the_largest_that_fits():
     buckets = [Bucket.parse(t) for t in ("832x480x81", "832x480x17", "480x832x81", "640x640x81", "1280x720x81")]
 
     def choose(**clip):
-        return str(choose_bucket(info_of(**clip), buckets, 16.0, False))
+        return str(chosen_for(buckets, **clip))
 
     assert choose(width=1920, height=1080, num_frames=200) == "1280x720x81"
     assert choose(width=1000, height=576, num_frames=200) == "832x480x81"
     assert choose(width=1000, height=576, num_frames=40) == "832x480x17"
     assert choose(width=1080, height=1920, num_frames=200) == "480x832x81"
     assert choose(width=900, height=1000, num_frames=200) == "640x640x81"
-    assert "too short" in choose(width=1000, height=576, num_frames=25)
-    assert "too small" in choose(width=400, height=400, num_frames=200)
-    small = info_of(width=400, height=400, num_frames=200)
-    assert str(choose_bucket(small, buckets, 16.0, True)) == "640x640x81"
+    assert "too short: lasts 1.00 s, the shortest bucket needs more than 1.00 s" in choose(num_frames=25)
+    assert "too small: 400x400 is below every bucket" in choose(width=400, height=400, num_frames=200)
+    assert choose(width=400, height=400, num_frames=200, upscale=True) == "640x640x81"
+
+
+def test_stills_take_buckets_of_one_frame_and_videos_avoid_them():
+    buckets = [Bucket(64, 64, 17), Bucket(96, 64, 1)]
+    assert chosen_for(buckets, width=96, height=64, num_frames=1, still=True) == Bucket(96, 64, 1)
+    assert chosen_for(buckets, width=96, height=64, num_frames=60) == Bucket(64, 64, 17)  # though worse in shape
+    assert chosen_for(buckets, width=96, height=64, num_frames=10) == Bucket(96, 64, 1)  # fits no other
+    only_videos = chosen_for([Bucket(64, 64, 17)], width=96, height=64, num_frames=30, still=True)
+    assert only_videos == "a still needs a bucket of one frame, such as 64x64x1; add it"
 
 
 @given(
     st.integers(16, 2000), st.integers(16, 2000), st.integers(1, 300), st.sampled_from([12.0, 25.0, 29.97]), st.data()
 )
-@settings(max_examples=150, deadline=None)
-def test_chosen_bucket_always_fits_and_windows_lie_inside(width, height, num_frames, rate, data):
+@settings(max_examples=150)
+def test_the_chosen_bucket_always_fits_and_windows_lie_inside(width, height, num_frames, rate, data):
     sizes = st.builds(
         Bucket, *[st.integers(1, 60).map(lambda n: 16 * n)] * 2, st.integers(0, 20).map(lambda n: 4 * n + 1)
     )
     buckets = data.draw(st.lists(sizes, min_size=1, max_size=5))
-    windows = data.draw(st.integers(1, 6))
-    info = info_of(width, height, num_frames, rate)
-    chosen = choose_bucket(info, buckets, 16.0, False)
+    mode = data.draw(st.sampled_from(["head", "centre", "uniform", "all", "random"]))
+    count = data.draw(st.integers(1, 6))
+    clip = {"width": width, "height": height, "num_frames": num_frames, "fps": rate}
+    info, chosen = info_of(**clip), chosen_for(buckets, **clip)
 
     def fits(bucket):
         long_enough = (bucket.num_frames - 1) / 16 < info.duration_seconds - 1e-4
@@ -52,37 +70,137 @@ def test_chosen_bucket_always_fits_and_windows_lie_inside(width, height, num_fra
     assert chosen in buckets and fits(chosen)
     distance = abs(math.log(chosen.width / chosen.height * height / width))
     for bucket in filter(fits, buckets):
-        assert distance <= abs(math.log(bucket.width / bucket.height * height / width)) + 1e-6
-    starts = window_starts(info, chosen, 16.0, windows)
-    assert 1 <= len(starts) <= windows and list(starts) == sorted(set(starts)) and starts[0] == 0
+        if (bucket.num_frames == 1) == (chosen.num_frames == 1):
+            assert distance <= abs(math.log(bucket.width / bucket.height * height / width)) + 1e-6
+    starts = window_starts(info, whole(info), chosen, 16.0, mode, count, "content")
+    assert list(starts) == sorted(set(starts)) and set(starts) <= set(info.pts_seconds.tolist())
+    assert len(starts) >= 1 and (mode == "all" or len(starts) <= count)
     assert starts[-1] + (chosen.num_frames - 1) / 16 < info.duration_seconds
 
 
-def test_windows_are_evenly_spaced_and_reach_the_end():
-    starts = window_starts(info_of(num_frames=100), Bucket(64, 64, 17), 16.0, 4)
+@given(
+    st.tuples(st.integers(1, 80), st.integers(1, 60), st.integers(0, 30)),
+    st.one_of(st.none(), st.integers(1, 40_000)),
+)
+@settings(max_examples=300)
+def test_automatic_buckets_keep_to_area_and_budget(size, max_tokens):
+    largest = Bucket(16 * size[0], 16 * size[1], 4 * size[2] + 1)
+    buckets = automatic_buckets(largest, max_tokens)
+    assert len(set(buckets)) == len(buckets)
+    for bucket in buckets:
+        assert bucket.width * bucket.height <= max(largest.width * largest.height, 16 * bucket.width)
+        assert bucket.num_frames in (1, largest.num_frames) or 17 <= bucket.num_frames < largest.num_frames
+        assert max_tokens is None or bucket.tokens <= max_tokens
+    if max_tokens is None:
+        assert largest in buckets and any(bucket.num_frames == 1 for bucket in buckets)
+
+
+def test_automatic_buckets_spell_out_the_usual_shapes():
+    buckets = parse_buckets(["auto:832x480x81"])
+    assert sorted({b.num_frames for b in buckets}) == [1, 21, 41, 81] and len({b.width for b in buckets}) >= 7
+    for aspect in ASPECTS:
+        near = min(buckets, key=lambda b: abs(math.log(b.width / b.height / aspect)))
+        assert near.width / near.height == pytest.approx(aspect, rel=0.07)
+        assert 0.88 * 832 * 480 < near.width * near.height <= 832 * 480
+    # 832x480x81 has 21 * 30 * 52 tokens.
+    assert Bucket(832, 480, 81).tokens == 32_760
+    assert max(b.num_frames for b in parse_buckets(["auto:832x480x81"], max_tokens=20_000)) == 41
+    with pytest.raises(ValueError, match="none is left under max_tokens = 10"):
+        parse_buckets(["auto:832x480x81"], max_tokens=10)
+    with pytest.raises(ValueError, match="has 32760 tokens, more than max_tokens = 30000"):
+        parse_buckets(["832x480x81"], max_tokens=30_000)
+    with pytest.raises(ValueError, match="names bucket 64x64x1 twice"):
+        parse_buckets(["64x64x1", "64x64x1"])
+
+
+def test_each_window_mode_takes_what_its_name_says():
+    info, bucket = info_of(num_frames=100), Bucket(64, 64, 17)
     # 100 frames last 4 s; the last of 17 frames at 16 fps shows 1 s after the start, so the last start is 2.96 s.
-    np.testing.assert_allclose(starts, np.linspace(0, 2.96, 4), atol=1 / 25)
-    assert starts[-1] == pytest.approx(2.96)
-    assert window_starts(info_of(num_frames=20), Bucket(64, 64, 17), 16.0, 1) == ()
+
+    def starts(mode, count=1, span=None, content="a"):
+        return window_starts(info, span or whole(info), bucket, 16.0, mode, count, content)
+
+    assert starts("head", 5) == (0.0,)
+    assert starts("centre", 5) == pytest.approx((1.48,), abs=1 / 25)
+    np.testing.assert_allclose(starts("uniform", 4), np.linspace(0, 2.96, 4), atol=1 / 25)
+    assert starts("uniform", 4)[-1] == pytest.approx(2.96)
+    # One after another: 17 frames at 16 a second take 1.0625 s.
+    np.testing.assert_allclose(starts("all"), [0, 1.0625, 2.125], atol=1 / 25)
+    assert starts("random", 3) == starts("random", 3) != starts("random", 3, content="b")
+    assert starts("head", span=Span(1.0, 3.0)) == (1.0,) and starts("uniform", 9, Span(1.0, 3.0))[-1] < 2.0
+    short = info_of(num_frames=20)
+    assert window_starts(short, whole(short), bucket, 16.0, "all", 1, "a") == ()
+
+
+def test_random_windows_reach_everywhere():
+    info = info_of(num_frames=200)
+    drawn = [
+        start
+        for clip in range(60)
+        for start in window_starts(info, whole(info), Bucket(64, 64, 17), 16.0, "random", 4, str(clip))
+    ]
+    # 8 s of clip, starts from 0 to 6.96 s: an even spread over quarters.
+    quarters = np.histogram(drawn, bins=4, range=(0, 6.96))[0] / len(drawn)
+    assert (abs(quarters - 0.25) < 0.09).all()
+
+
+def fit(frames, bucket, box=None):
+    height, width = frames.shape[1:3]
+    box = box or crop_box(Box(0, 0, width, height), bucket, (0.5, 0.5))
+    return fit_frames(frames, box, bucket, width=width, height=height)
 
 
 def test_fitting_is_the_identity_at_equal_size_and_keeps_the_centre():
     frames = np.random.default_rng(0).integers(0, 255, (5, 64, 96, 3), dtype=np.uint8)
-    assert np.array_equal(fit_frames(frames, Bucket(96, 64, 5)), frames)
+    assert np.array_equal(fit(frames, Bucket(96, 64, 5)), frames)
     # Cropping alone: no pixel changes.
-    assert np.array_equal(fit_frames(frames, Bucket(64, 64, 5)), frames[:, :, 16:80])
+    assert np.array_equal(fit(frames, Bucket(64, 64, 5)), frames[:, :, 16:80])
     upright = frames.transpose(0, 2, 1, 3).copy()
-    assert np.array_equal(fit_frames(upright, Bucket(64, 64, 5)), upright[:, 16:80])
+    assert np.array_equal(fit(upright, Bucket(64, 64, 5)), upright[:, 16:80])
     # A horizontal ramp from 0 to 255 over 160 pixels: the square crop of its middle keeps its slope and its mean.
     ramp = np.tile(np.linspace(0, 255, 160).round().astype(np.uint8)[None, None, :, None], (1, 80, 1, 3))
-    fitted = fit_frames(ramp, Bucket(32, 32, 1))[0, 16, :, 0].astype(float)
+    fitted = fit(ramp, Bucket(32, 32, 1))[0, 16, :, 0].astype(float)
     assert np.diff(fitted)[4:-4].mean() == pytest.approx(255 / 159 * 80 / 32, rel=0.05)
     assert fitted.mean() == pytest.approx(127.5, abs=1)
     with pytest.raises(ValueError, match="needs frames"):
-        fit_frames(frames, Bucket(64, 64, 9))
+        fit(frames, Bucket(64, 64, 9))
+
+
+def test_oblong_pixels_are_made_square_by_the_same_resampling():
+    # Stored 64 wide, shown 128 wide: a square on display is half as wide as high in the file.
+    frames = np.zeros((1, 64, 64, 3), np.uint8)
+    frames[:, 16:48, 24:40] = 255
+    shown = fit_frames(frames, Box(0, 0, 128, 64), Bucket(128, 64, 1), width=128, height=64)[0, :, :, 0] > 127
+    assert shown.any(0).sum() == shown.any(1).sum() == 32
+
+
+def test_the_crop_keeps_the_focus_in_view_and_inside_the_content():
+    content = Box(10, 20, 210, 120)
+    assert crop_box(content, Bucket(64, 64, 1), (0.5, 0.5)) == Box(60, 20, 160, 120)
+    assert crop_box(content, Bucket(64, 64, 1), (0.0, 0.5)) == Box(10, 20, 110, 120)
+    assert crop_box(content, Bucket(64, 64, 1), (0.9, 0.5)) == Box(110, 20, 210, 120)
+    assert lost_area(Box(60, 20, 160, 120), 220, 140) == pytest.approx(1 - 100 * 100 / (220 * 140))
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_a_crop_is_inside_has_the_buckets_shape_and_is_as_large_as_can_be(data):
+    number = st.floats(1, 4000)
+    left, top, width, height = (data.draw(number) for _ in range(4))
+    focus = data.draw(st.tuples(st.floats(0, 1), st.floats(0, 1)))
+    bucket = Bucket(16 * data.draw(st.integers(1, 90)), 16 * data.draw(st.integers(1, 90)), 1)
+    content = Box(left, top, left + width, top + height)
+    box = crop_box(content, bucket, focus)
+    slack = 1e-6 * 8000
+    assert box.left >= left - slack and box.top >= top - slack
+    assert box.right <= content.right + slack and box.bottom <= content.bottom + slack
+    assert box.width / box.height == pytest.approx(bucket.width / bucket.height)
+    assert box.width == pytest.approx(width) or box.height == pytest.approx(height)
+    x, y = left + focus[0] * width, top + focus[1] * height
+    assert box.left - slack <= x <= box.right + slack and box.top - slack <= y <= box.bottom + slack
 
 
 def test_shrinking_is_antialiased():
     noise = np.random.default_rng(0).integers(0, 255, (1, 256, 256, 3), dtype=np.uint8)
     # Mean of 8x8 pixels would leave an eighth of the deviation, picked pixels all of it.
-    assert fit_frames(noise, Bucket(32, 32, 1)).std() < noise.std() / 4
+    assert fit(noise, Bucket(32, 32, 1)).std() < noise.std() / 4

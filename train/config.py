@@ -72,6 +72,8 @@ class TrainSettings(Settings):
     """Steps of one expert before the other's turn."""
     batch_size: int = Field(1, ge=1)
     """Clips in a micro-batch of one process."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Instead of batch_size: as many clips as make up this many tokens, by bucket; at least one."""
     gradient_accumulation: int = Field(1, ge=1)
     """Micro-batches in an optimizer step."""
     gradient_clip: float = Field(1.0, gt=0)

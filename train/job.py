@@ -46,7 +46,7 @@ def run(config: Config, stop: StopRequest) -> None:
         say(f"this run is complete: {folder / 'report.html'}. Give another run.name to train again.")
         return
     load_judge(config.evaluation.content)
-    clips, data = prepare_data(config, accelerator)
+    data = prepare_data(config, accelerator)
     if accelerator.is_main_process:
         (folder / "config.toml").write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
     metrics = Metrics(config, accelerator)
@@ -58,7 +58,7 @@ def run(config: Config, stop: StopRequest) -> None:
         say(f"wrote {path}")
     verify_adapter_folder(config.model.base, folder / "adapter", adapters, config.model.revision)
     say("each file was loaded into a fresh expert by diffusers: every key matched, the output changed")
-    showcase.show(config, metrics, clips)
+    showcase.show(config, metrics, data)
     accelerator.end_training()
 
 
@@ -83,9 +83,9 @@ def train_experts(
         state = states[stretch.expert]
         if state.step >= stretch.stop:
             continue
-        trainer = ExpertTrainer(config, stretch.expert, state, base, accelerator)
+        trainer = ExpertTrainer(config, stretch.expert, state, base, data, accelerator)
         with stop.deferred():
-            stopped = run_stretch(trainer, stretch, data, metrics, stop, save)
+            stopped = run_stretch(trainer, stretch, metrics, stop, save)
             trainer.close()
             save()
             if stopped:
@@ -101,7 +101,6 @@ def train_experts(
 def run_stretch(
     trainer: ExpertTrainer,
     stretch: Stretch,
-    data: TrainingData,
     metrics: Metrics,
     stop: StopRequest,
     save: Callable[[], None],
@@ -111,7 +110,7 @@ def run_stretch(
     label = f"{stretch.expert}-noise expert, steps {state.step + 1}-{stretch.stop}"
     with progress_bar(label, stretch.stop - stretch.start) as bar:
         while state.step < stretch.stop:
-            record = trainer.take_step(data)
+            record = trainer.take_step()
             metrics.add(record)
             bar.update(state.step - stretch.start, f"loss {record.loss:.4f}  {record.seconds:.2f} s/step")
             if stopped := stop.check(trainer.accelerator):
@@ -159,5 +158,11 @@ def training_fingerprint(config: Config, data: TrainingData) -> str:
         del settings["high"]["steps"], settings["low"]["steps"]
     settings["seed"] = config.run.seed
     settings["caption_dropout"] = config.data.caption_dropout
-    settings["samples"] = [[s.latent_key, *s.captions] for s in data.samples]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    settings["sources"] = [
+        [source.repeats, source.weight, source.loss_weight, source.experts] for source in config.data.sources
+    ]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for sample in data.samples:
+        parts = [sample.source, sample.still, sample.latent_keys, sample.mask_keys, sample.captions]
+        digest.update(json.dumps(parts).encode())
+    return digest.hexdigest()

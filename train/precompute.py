@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from data.batches import TrainingData
 from data.cache import Cache
-from data.clips import Clip, find_clips
-from data.samples import precompute
+from data.filling import Filling
+from data.inspection import Inspector
+from data.samples import SampleTable
+from data.survey import Survey, leave_out_unencoded, require_sources, take_survey
 from wan_finetune.encoders import TextEncoder, VideoEncoder
 from wan_finetune.errors import InputError
 from wan_finetune.experts import base_folder, fingerprint
@@ -22,49 +25,67 @@ from wan_finetune.settings import load_settings
 from .config import Config
 from .engine import make_accelerator
 from .signals import Stopped, StopRequest
-from .tracking import progress_bar, say
+from .tracking import Bar, progress_bar, say
 
 ENCODERS = ("vae", "text_encoder", "tokenizer")
 
 
-def prepare_data(config: Config, accelerator: Accelerator) -> tuple[list[Clip], TrainingData]:
+def prepare_data(config: Config, accelerator: Accelerator) -> TrainingData:
     """Find the clips, report on each, encode what is not in the cache, and let the encoders go."""
-    folder = config.run_folder
-    clips, rows = find_clips(config.data)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "data_report.jsonl").write_text("".join(row.to_json() + "\n" for row in rows), encoding="utf-8")
-    used = sum(row.used for row in rows)
-    say(f"{used} clips, {len(rows) - used} files left out; a line for each in {folder / 'data_report.jsonl'}")
     base = base_folder(config.model.base, ENCODERS, config.model.revision)
-    cache = Cache(config.data.cache)
-    dtype = getattr(torch, config.model.dtype)
+    video_fingerprint = fingerprint(base / "vae")
     text_fingerprint = fingerprint(base / "text_encoder") + fingerprint(base / "tokenizer") + config.model.dtype
-    encoders = Encoders(base, accelerator.device, dtype)
-    names = {"text": "encoding captions", "latent": "encoding clips"}
-    with progress_bar("reading the caches", 1) as bar:
+    cache = Cache(config.data.cache)
+    encoders = Encoders(base, accelerator.device, getattr(torch, config.model.dtype))
+    report = config.run_folder / "data_report.jsonl"
+    survey: Survey | None = None
+    if accelerator.is_main_process:
+        require_sources(config.data)
+    with Inspector(config.data.cache, config.data.decode_timeout_seconds) as inspector:
+        if accelerator.is_main_process:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            survey = take_survey(config.data, inspector, report, video_fingerprint)
+        samples = SampleTable(from_main_process(survey))
+        with progress_bar("reading the caches", 1) as bar:
+            Filling(
+                samples=samples,
+                cache=cache,
+                inspector=inspector,
+                fps=config.data.fps,
+                video_fingerprint=video_fingerprint,
+                text_fingerprint=text_fingerprint,
+                encode_video=encoders.video,
+                encode_text=encoders.text,
+                progress=lambda stage, done, total: show_progress(bar, stage, done, total),
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            ).run()
+            if bar.label not in STAGES.values():
+                bar.update(1, "nothing is missing")
+        accelerator.wait_for_everyone()
+        if survey is not None:
+            survey = leave_out_unencoded(config.data, survey, cache, inspector)
+            short = f", {survey.passed_over} shots too short" if survey.passed_over else ""
+            say(f"{survey.used} clips, {len(survey.faults)} left out{short}; a line for each in {report}")
+        samples = SampleTable(from_main_process(survey))
+    return TrainingData(samples, cache, config.data, text_fingerprint=text_fingerprint)
 
-        def progress(stage: str, done: int, total: int) -> None:
-            if bar.label != names[stage]:
-                bar.restart(names[stage], total)
-            bar.update(done)
 
-        samples = precompute(
-            clips,
-            cache,
-            fps=config.data.fps,
-            video_fingerprint=fingerprint(base / "vae"),
-            text_fingerprint=text_fingerprint,
-            encode_video=encoders.video,
-            encode_text=encoders.text,
-            progress=progress,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
-        if bar.label not in names.values():
-            bar.update(1, "nothing is missing")
-    accelerator.wait_for_everyone()
-    return clips, TrainingData(samples, cache, text_fingerprint=text_fingerprint)
+def from_main_process(survey: Survey | None) -> Path:
+    """The table of samples that the main process has written, in every process."""
+    files = [survey.samples if survey is not None else None]
+    broadcast_object_list(files)
+    assert files[0] is not None
+    return files[0]
+
+
+STAGES = {"text": "encoding captions", "latent": "encoding clips", "mask": "reading masks"}
+
+
+def show_progress(bar: Bar, stage: str, done: int, total: int) -> None:
+    if bar.label != STAGES[stage]:
+        bar.restart(STAGES[stage], total)
+    bar.update(done)
 
 
 class Encoders:
@@ -80,7 +101,7 @@ class Encoders:
             self.loaded_text = TextEncoder(self.base, self.device, self.dtype)
         return self.loaded_text(caption)
 
-    def video(self, frames: np.ndarray) -> torch.Tensor:
+    def video(self, frames: np.ndarray) -> dict[str, torch.Tensor]:
         if self.loaded_video is None:
             self.loaded_text = None
             gc.collect()
@@ -88,16 +109,32 @@ class Encoders:
         return self.loaded_video(frames)
 
 
+def prune(data: TrainingData, older_than_days: float) -> None:
+    """Remove from the caches what `data` does not use and nobody has read for some days."""
+    for kind, keys in data.used_keys().items():
+        files, size_bytes = data.cache.prune(kind, keys, older_than_days)
+        say(f"{kind}: removed {files} files, {size_bytes / 2**20:.1f} MiB")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m train.precompute", description="Fill the caches and stop.")
     parser.add_argument("--config", type=Path, required=True, help="a TOML file, such as configs/pocket.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the file")
+    parser.add_argument(
+        "--prune-days",
+        type=float,
+        metavar="N",
+        help="then remove entries that this configuration does not use and nothing has read for N days",
+    )
     arguments = parser.parse_args()
     try:
         StopRequest()
         config = load_settings(Config, arguments.config, arguments.overrides)
         quiet_libraries()
-        _, data = prepare_data(config, make_accelerator(config))
+        accelerator = make_accelerator(config)
+        data = prepare_data(config, accelerator)
+        if arguments.prune_days is not None and accelerator.is_main_process:
+            prune(data, arguments.prune_days)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

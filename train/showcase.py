@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 from diffusers import WanPipeline
 
-from data.clips import Clip
-from data.samples import window_frames
+from data.batches import TrainingData
+from data.inspection import Inspector
+from data.samples import Sample
+from data.viewing import window_frames
 from wan_finetune.adapters import Adapter
 from wan_finetune.captions import with_trigger
 from wan_finetune.evaluation.compare import Comparison, compare, load_judge
@@ -19,6 +21,9 @@ from wan_finetune.sampling import Request, sample, write_clips
 
 from .config import Config
 from .tracking import Metrics, progress_bar, say
+
+MOST_REFERENCES = 64
+"""Brand clips that samples are compared with."""
 
 
 def preview_requests(config: Config) -> list[Request]:
@@ -58,7 +63,7 @@ def preview_midway(config: Config, adapters: Sequence[Adapter]) -> None:
         write(config, midway_folder(config), "adapter", wanted, make_clips(config, pipe, wanted, "midway preview"))
 
 
-def show(config: Config, metrics: Metrics, clips: Sequence[Clip]) -> None:
+def show(config: Config, metrics: Metrics, data: TrainingData) -> None:
     """Sample base and exported adapter side by side, evaluate, and write the report."""
     folder = config.run_folder
     previews = preview_requests(config)
@@ -74,7 +79,9 @@ def show(config: Config, metrics: Metrics, clips: Sequence[Clip]) -> None:
     final = folder / "samples" / "final"
     base_files = write(config, final / "base", "base", previews, base[:shown])
     adapter_files = write(config, final / "adapter", "adapter", previews, adapter[:shown])
-    reference = [window_frames(clip, clip.start_seconds[0], config.data.fps) for clip in clips]
+    brand = brand_samples(data)
+    with Inspector(config.data.cache, config.data.decode_timeout_seconds) as inspector:
+        reference = [window_frames(s, s.start_seconds[0], config.data.fps, inspector) for s in brand]
     figures = compare(
         base[shown:],
         adapter[shown:],
@@ -89,12 +96,26 @@ def show(config: Config, metrics: Metrics, clips: Sequence[Clip]) -> None:
         Panel(prompt=request.prompt, seed=request.seed, base=b, adapter=a)
         for request, b, a in zip(previews, base_files, adapter_files, strict=True)
     ]
-    write_report(folder / "report.html", make_report(config, panels, figures, metrics, [c.info.path for c in clips]))
+    write_report(folder / "report.html", make_report(config, panels, figures, metrics, data, [s.path for s in brand]))
     tell(config, figures)
 
 
+def brand_samples(data: TrainingData) -> list[Sample]:
+    """Samples that show the brand's look, spread over the whole set: no regularisation, videos where there are any."""
+    sources, stills = data.samples.column("source"), data.samples.column("still")
+    look = np.array([not data.config.sources[int(source)].regularisation for source in sources])
+    chosen = np.flatnonzero(look & ~stills if (look & ~stills).any() else look)
+    places = np.unique(np.linspace(0, len(chosen) - 1, MOST_REFERENCES).round().astype(int))
+    return [data.samples[int(chosen[place])] for place in places]
+
+
 def make_report(
-    config: Config, panels: list[Panel], figures: Comparison, metrics: Metrics, brand: list[Path]
+    config: Config,
+    panels: list[Panel],
+    figures: Comparison,
+    metrics: Metrics,
+    data: TrainingData,
+    brand: list[Path],
 ) -> Report:
     """The report's content."""
     midway = [
@@ -115,7 +136,7 @@ def make_report(
         facts={
             "Base": config.model.public_name,
             "Trigger": config.data.trigger or "none",
-            "Clips": str(len(brand)),
+            "Clips": str(len(data.samples)),
             "Steps": steps,
             "LoRA": ", ".join(
                 f"{name} rank {lora.rank}, alpha {lora.scale_alpha:g}"

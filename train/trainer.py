@@ -12,10 +12,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from data.batches import TrainingData, choose_caption
-from data.schedule import batch_at
+from data.batches import Batch, Chosen, ExpertBatches, TrainingData
+from data.buckets import Bucket
+from data.prefetching import Prefetcher
 from wan_finetune.adapters import inject_lora, lora_weights, set_lora_weights
-from wan_finetune.addressing import numpy_rng
 from wan_finetune.encoders import latent_statistics, pad_text
 from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio, load_expert
 from wan_finetune.flow import add_noise, timestep, velocity
@@ -47,13 +47,34 @@ class StepRecord:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepWork:
+    """What one process does of a step."""
+
+    places: list[Chosen]
+    """The global batch."""
+    micro_batches: list[Batch]
+    """This process's share of it, loaded."""
+
+
 class ExpertTrainer:
     """One expert on its device, from its state and back into it."""
 
     def __init__(
-        self, config: Config, expert: ExpertName, state: ExpertState, base: Path, accelerator: Accelerator
+        self,
+        config: Config,
+        expert: ExpertName,
+        state: ExpertState,
+        base: Path,
+        data: TrainingData,
+        accelerator: Accelerator,
     ) -> None:
         self.config, self.expert, self.state, self.accelerator = config, expert, state, accelerator
+        self.data = data
+        buckets = [Bucket.parse(name) for name in set(data.samples.column("bucket"))]
+        sizes = {str(bucket): self.global_batch_size(bucket) for bucket in buckets}
+        self.batches = ExpertBatches(data, expert, config.run.seed, sizes)
+        self.prefetcher = Prefetcher(self.load_step)
         self.interval = EXPERTS[expert].interval(boundary_ratio(base))
         self.latents_mean, self.latents_std = latent_statistics(base)
         model = load_expert(base, EXPERTS[expert], getattr(torch, config.model.dtype))
@@ -71,7 +92,7 @@ class ExpertTrainer:
             optimizer.load_state_dict(state.optimizer)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
-    def take_step(self, data: TrainingData) -> StepRecord:
+    def take_step(self) -> StepRecord:
         """One optimizer step on the global batch of this step.
 
         Raises:
@@ -83,10 +104,11 @@ class ExpertTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = torch.zeros((), device=self.accelerator.device)
+        work = self.prefetcher.take(step)
         for index in range(settings.gradient_accumulation):
             last = index == settings.gradient_accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                part = self.micro_batch_loss(data, step, index) / settings.gradient_accumulation
+                part = self.micro_batch_loss(work, step, index) / settings.gradient_accumulation
                 self.accelerator.backward(part)
             loss += part.detach()
         norm = self.accelerator.clip_grad_norm_(self.parameters, settings.gradient_clip)
@@ -94,8 +116,8 @@ class ExpertTrainer:
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise FloatingPointError(
                 f"{self.expert} expert, step {step + 1}: loss {loss_value}, gradient norm {norm_value}; samples: "
-                f"{', '.join(self.sample_names(data, step))}. Nothing was updated; a lower learning rate "
-                f"({self.expert}.learning_rate) or leaving out a damaged clip helps"
+                f"{', '.join(sorted({place.sample.clip for place in work.places}))}. Nothing was updated; a lower "
+                f"learning rate ({self.expert}.learning_rate) or leaving out a damaged clip helps"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -109,51 +131,45 @@ class ExpertTrainer:
             seconds=time.monotonic() - began,
         )
 
-    def micro_batch_loss(self, data: TrainingData, step: int, index: int) -> Tensor:
-        """Mean squared error of the predicted velocity over this process's share of micro-batch `index`."""
-        positions = self.positions(index)
-        chosen = self.global_batch(data, step)
-        seed, dropout = self.config.run.seed, self.config.data.caption_dropout
-        captions = [
-            choose_caption(data.samples[chosen[p]], numpy_rng(seed, self.expert, "caption", step, p), dropout)
-            for p in positions
+    def load_step(self, step: int) -> StepWork:
+        """What a step trains on: this process's micro-batches of its global batch."""
+        places = self.batches.places(step)
+        micro_batches = [
+            self.data.load([places[p] for p in self.positions(len(places), index)])
+            for index in range(self.config.train.gradient_accumulation)
         ]
-        batch = data.load([chosen[p] for p in positions], captions)
+        return StepWork(places=places, micro_batches=micro_batches)
+
+    def micro_batch_loss(self, work: StepWork, step: int, index: int) -> Tensor:
+        """The loss of this process's share of micro-batch `index`."""
+        batch, global_batch = work.micro_batches[index], len(work.places)
         latents = (batch.latents - self.latents_mean) / self.latents_std
         draws = draw(
-            seed=seed,
+            seed=self.config.run.seed,
             expert=self.expert,
             step=step,
-            positions=positions,
-            global_batch=self.global_batch_size,
+            positions=self.positions(global_batch, index),
+            global_batch=global_batch,
             interval=self.interval,
             shift=self.config.flow.shift,
             shape=latents.shape[1:],
         )
-        return flow_matching_loss(self.model, latents, pad_text(batch.text), draws, self.accelerator.device)
+        errors = flow_matching_error(self.model, latents, pad_text(batch.text), draws, self.accelerator.device)
+        return weighted_loss(errors, batch.masks, batch.weights)
 
-    def positions(self, index: int) -> range:
+    def positions(self, global_batch: int, index: int) -> range:
         """Positions in the global batch of this process's share of micro-batch `index`."""
-        size = self.config.train.batch_size
+        size = global_batch // (self.config.train.gradient_accumulation * self.accelerator.num_processes)
         start = (index * self.accelerator.num_processes + self.accelerator.process_index) * size
         return range(start, start + size)
 
-    def global_batch(self, data: TrainingData, step: int) -> list[int]:
-        return batch_at(
-            step,
-            buckets=data.buckets,
-            batch_size=self.global_batch_size,
-            seed=self.config.run.seed,
-            expert=self.expert,
-        )
-
-    def sample_names(self, data: TrainingData, step: int) -> list[str]:
-        return sorted({data.samples[i].clip for i in self.global_batch(data, step)})
-
-    @property
-    def global_batch_size(self) -> int:
+    def global_batch_size(self, bucket: Bucket) -> int:
+        """Clips of this bucket in one optimizer step."""
         settings = self.config.train
-        return settings.batch_size * settings.gradient_accumulation * self.accelerator.num_processes
+        micro = settings.batch_size
+        if settings.batch_tokens is not None:
+            micro = max(1, settings.batch_tokens // bucket.tokens)
+        return micro * settings.gradient_accumulation * self.accelerator.num_processes
 
     @property
     def total_steps(self) -> int:
@@ -166,6 +182,7 @@ class ExpertTrainer:
 
     def close(self) -> None:
         """Give the device's memory back; the state stays."""
+        self.prefetcher.close()
         self.save_state()
         self.state.optimizer = _on_cpu(self.state.optimizer)
         self.model = self.optimizer = None
@@ -173,10 +190,10 @@ class ExpertTrainer:
         self.accelerator.free_memory()
 
 
-def flow_matching_loss(
+def flow_matching_error(
     model: Callable[..., tuple[Tensor, ...]], latents: Tensor, text: Tensor, draws: Draws, device: torch.device
 ) -> Tensor:
-    """|| v(x_t, t, text) - (noise - latents) ||^2, the mean over clips [B, C, F, H, W]; text is [B, 512, D]."""
+    """(v(x_t, t, text) - (noise - latents))^2, [B, C, F, H, W]; text is [B, 512, D]."""
     latents, noise, sigma = latents.to(device), draws.noise.to(device), draws.sigma.to(device)
     predicted = model(
         hidden_states=add_noise(latents, noise, sigma),
@@ -184,7 +201,19 @@ def flow_matching_loss(
         encoder_hidden_states=text.to(device),
         return_dict=False,
     )[0]
-    return (predicted.float() - velocity(latents, noise)).square().mean()
+    return (predicted.float() - velocity(latents, noise)).square()
+
+
+def weighted_loss(errors: Tensor, masks: Tensor | None, weights: Tensor) -> Tensor:
+    """The mean over clips of errors [B, C, F, H, W], each a mean under its mask [B, F, H, W], times its weight [B]."""
+    places = errors.mean(1)
+    if masks is None:
+        clips = places.mean((1, 2, 3))
+    else:
+        masks = masks.to(places)
+        # A window that its mask hides all through has nothing to teach.
+        clips = (places * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3)).clamp_min(1e-6)
+    return (clips * weights.to(clips)).mean()
 
 
 def _on_cpu(value: Any) -> Any:

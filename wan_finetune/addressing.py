@@ -5,9 +5,12 @@ machine and in every process; unequal ones give independent draws.
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 Address = int | str
 
@@ -23,6 +26,8 @@ def numpy_rng(*address: Address) -> np.random.Generator:
     return np.random.default_rng(seed_at(*address))
 
 
-def torch_rng(*address: Address) -> torch.Generator:
+def torch_rng(*address: Address) -> "torch.Generator":
     """A CPU generator for this address; draw on the CPU and move, so that devices agree."""
+    import torch
+
     return torch.Generator().manual_seed(seed_at(*address))

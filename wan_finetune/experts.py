@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .errors import InputError
-from .flow import Interval
 
 if TYPE_CHECKING:
     import torch
     from diffusers import WanTransformer3DModel
+
+    from .flow import Interval
 
 ExpertName = Literal["high", "low"]
 
@@ -31,8 +32,10 @@ class Expert:
     file_name: str
     """Name of this expert's adapter file."""
 
-    def interval(self, boundary: float) -> Interval:
+    def interval(self, boundary: float) -> "Interval":
         """The noise levels at which `WanPipeline` calls this expert: t >= 1000 boundary is the high one's."""
+        from .flow import Interval
+
         return Interval(boundary, 1.0) if self.name == "high" else Interval(0.0, boundary)
 
 

@@ -81,6 +81,9 @@ def explain(problem: Any, model: type[Settings], path: Path, text: str, origin: 
     if problem["type"] == "missing":
         return f"{where}: {dotted} is required and missing"
     message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict):
+        # About a table as a whole: what it holds is more than one line.
+        return f"{where}: {dotted}: {message}" if dotted else f"{where}: {message}"
     return f"{where}: {dotted}: {message}, got {problem['input']!r}"
 
 

@@ -3,6 +3,9 @@
 TEXT_TOKENS = 512
 """Rows of the text embedding: cut to the true length, then zero-padded to this and attended unmasked."""
 
+LATENT_CHANNELS = 16
+"""Channels of the autoencoder's latent."""
+
 TEMPORAL_STRIDE = 4
 """Frames in one latent frame; a clip has 4n+1 frames."""
 
