@@ -1,14 +1,16 @@
 """The embedded model: its world, its judges, and the figures that it claims."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from wan_finetune.addressing import numpy_rng
 from wan_finetune.experts import base_folder
-from wan_finetune.pocket import denoiser, measure, world
+from wan_finetune.pocket import build, denoiser, measure, world
 from wan_finetune.pocket.brand import make_brand
 from wan_finetune.pocket.judges import judge_prompt, scene_in_words
 from wan_finetune.pocket.looks import BRANDS, apply_look
@@ -152,3 +154,35 @@ def test_chinese_is_within_five_points_of_english(figures, name):
 def test_each_expert_is_the_better_one_on_its_own_side(pipe):
     for name, loss in measure.measure_experts(pipe).items():
         assert loss.other - loss.own > 2 * loss.standard_error, name
+
+
+@pytest.mark.slow
+# torch's compiler warns of what it does itself: deprecated imports, gradients of tensors that it looks at.
+@pytest.mark.filterwarnings("ignore")
+def test_the_build_goes_from_nothing_to_a_model_that_opens_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    # Every stage, with a few steps each: whether the figures are reached, the card says.
+    monkeypatch.setattr(build, "STEPS", {name: 2 for name in build.STEPS})
+    monkeypatch.setattr(build, "PLAIN_VARIANTS", 1)
+    monkeypatch.setattr(build, "GRADED_VARIANTS", 1)
+    monkeypatch.setattr(world, "TRAINING", world.TRAINING[::20])
+    stages = ["autoencoder", "latents", "decoder", "denoiser", "high", "low", "assemble"]
+
+    def run(folder, *names):
+        for name in names:
+            arguments = ["build", "--work", str(folder), "--output", str(folder / "model"), "--threads", "1"]
+            monkeypatch.setattr(sys, "argv", [*arguments, "--stage", name])
+            build.main()
+
+    run(tmp_path / "whole", *stages)
+    pipe = measure.open_stock_pipeline(tmp_path / "whole" / "model")
+    assert pipe.config.boundary_ratio == 0.875 and pipe.transformer_2 is not None
+    # Stopped after the first step of a stage (all of them are warm-up, so the rates are those of two steps).
+    monkeypatch.setitem(build.STEPS, "denoiser", 1)
+    run(tmp_path / "stopped", *stages[:4])
+    monkeypatch.setitem(build.STEPS, "denoiser", 2)
+    run(tmp_path / "stopped", *stages)
+    files = list((tmp_path / "whole" / "model").rglob("*.safetensors"))
+    assert len(files) == 4
+    for file in files:
+        first, second = load_file(file), load_file(tmp_path / "stopped" / file.relative_to(tmp_path / "whole"))
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first), file.name
