@@ -115,15 +115,17 @@ def look_at(check: Check, config: DataConfig, clip: Clip, row: Row, inspector: I
         frames = inspector.read(
             info, np.unique(np.linspace(first, max(first, last - 1), LOOKED_AT).round().astype(int))
         )
-        known = clip.still or clip.path in check.files or config.sources[clip.source].cut_end_card
-        end = None if known else find_end_card(info, inspector.read)
+        source = config.sources[clip.source]
+        once = not clip.still and clip.path not in check.files
+        end = find_end_card(info, inspector.read) if once and not source.cut_end_card else None
+        shots = inspector.shots(info) if once and not source.shots else ()
     except VideoFault as fault:
         left_out = Row(file=row.file, source=row.source, used=False, reader=row.reader, reason=fault.reason, fault=True)
         check.lines.append(line_of(left_out))
         return left_out
     pictures = tuple(thumbnail(window[i]) for i in sorted({0, len(window) // 2, len(window) - 1}))
     check.lines.append(line_of(row, pictures if len(check.lines) < MOST_PICTURES else ()))
-    check.findings += [("warning", clip.name, message) for message in judge(frames, clip, end)]
+    check.findings += [("warning", clip.name, message) for message in judge(frames, len(shots), end)]
     check.prints.append((clip.name, fingerprint(frames)))
     check.sheet += pictures[:1]
     if len(check.sheet) == SHEET_CLIPS:
@@ -134,7 +136,7 @@ def look_at(check: Check, config: DataConfig, clip: Clip, row: Row, inspector: I
     return row
 
 
-def judge(frames: NDArray[np.uint8], clip: Clip, end_card_seconds: float | None) -> list[str]:
+def judge(frames: NDArray[np.uint8], num_shots: int, end_card_seconds: float | None) -> list[str]:
     """What a person should look at in a clip."""
     found = []
     if is_black(frames):
@@ -146,6 +148,8 @@ def judge(frames: NDArray[np.uint8], clip: Clip, end_card_seconds: float | None)
     if corners := static_corners(frames):
         where = " and ".join(corners)
         found.append(f"the {where} corner stays the same, as a watermark does, and would be learnt; crop or remove it")
+    if num_shots > 1:
+        found.append(f"holds {num_shots} shots, and a window may run across a cut; set shots = true for its source")
     if end_card_seconds is not None:
         found.append(
             f"ends in a still picture from {end_card_seconds:.2f} s on; set cut_end_card = true for its source"

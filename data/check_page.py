@@ -36,7 +36,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space:
 .error { color: var(--bad); } .warning { color: var(--warn); } .ok { color: var(--good); }
 .bar { height: .5rem; background: var(--good); border-radius: 3px; min-width: 2px; }
 img { display: inline-block; border-radius: 4px; margin-right: 4px; image-rendering: auto; }
-td.pictures { white-space: nowrap; }
+td.pictures, td.k { white-space: nowrap; }
 .scroll { overflow-x: auto; }
 """
 
@@ -93,7 +93,7 @@ def render_page(page: CheckPage) -> str:
     state = f'<span class="error">{errors} to mend</span>' if errors else '<span class="ok">nothing to mend</span>'
     parts = [
         f"<h1>{escape(page.title)}</h1>",
-        f"<p>{len(used)} clips are used, {len(left_out)} are left out; {state}; "
+        f"<p>{len(used)} clips used, {len(left_out)} left out; {state}; "
         f"{sum(level == 'warning' for level, _, _ in page.findings)} warnings.</p>",
         section(
             "Left out", "Each with its reason. Training stops at these unless told to skip them.", faults(left_out)
@@ -148,7 +148,7 @@ def buckets(lines: Sequence[BucketLine]) -> str:
 def clips(used: Sequence[ClipLine]) -> str:
     rows = [
         f"<tr><td class=pictures>{''.join(picture(p) for p in clip.pictures)}<td>{escape(clip.name)}"
-        f"<td>{clip.bucket}<td class=n>{clip.windows}<td class=n>{100 * (clip.lost_area or 0):.0f} %"
+        f"<td class=k>{clip.bucket}<td class=n>{clip.windows}<td class=n>{100 * (clip.lost_area or 0):.0f} %"
         f"<td>{escape(clip.reader or '')}<td>{'<br>'.join(escape(c) for c in clip.captions[:4])}</tr>"
         for clip in used[:MOST_ROWS]
     ]

@@ -152,6 +152,9 @@ class DataConfig(Settings):
     stops where more than one in twenty is faulty."""
     decode_timeout_seconds: float = Field(60.0, gt=0)
     """How long one file may keep a decoder busy before it counts as faulty."""
+    latent_std: bool = False
+    """Keep the standard deviation of the latents in the cache as well, for losses that sample them; training uses the
+    mean."""
     cache: Path = Path("cache")
     """Folder of encoded clips and captions; safe to share between runs and to delete."""
 

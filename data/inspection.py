@@ -74,7 +74,7 @@ class Inspector:
                 if source.crop_borders:
                     content = Box(*self.learn(path, "content", lambda: self.find_content(info)))
                 if source.shots:
-                    spans = tuple(Span(*shot) for shot in self.learn(path, "shots", lambda: self.find_shots(info)))
+                    spans = self.shots(info)
                 if source.cut_end_card:
                     end = self.learn(path, "end_seconds", lambda: self.find_end(info))
                     spans = tuple(
@@ -120,9 +120,9 @@ class Inspector:
         box = find_borders(frames) or (0, 0, frames.shape[2], frames.shape[1])
         return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
-    def find_shots(self, info: VideoInfo) -> list[tuple[float, float]]:
-        """Start and end of each shot in seconds."""
-        return find_shots(info, self.read)
+    def shots(self, info: VideoInfo) -> tuple[Span, ...]:
+        """The shots of a video, at least one. Raises VideoFault."""
+        return tuple(Span(*shot) for shot in self.learn(info.path, "shots", lambda: find_shots(info, self.read)))
 
     def find_end(self, info: VideoInfo) -> float:
         """Where the end card begins, in seconds; the clip's end where there is none."""

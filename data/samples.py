@@ -88,7 +88,9 @@ class Sample:
         return cls(**{**row, **changed})
 
 
-def samples_of(clip: Clip, *, fps: float, draw_window: bool, encoder: str, mask_sha256: str | None) -> list[Sample]:
+def samples_of(
+    clip: Clip, *, fps: float, draw_window: bool, encoder: str, with_std: bool, mask_sha256: str | None
+) -> list[Sample]:
     """A sample for each window of a clip, or one for them all where a window is drawn each epoch."""
 
     def sample(starts: tuple[float, ...]) -> Sample:
@@ -103,7 +105,7 @@ def samples_of(clip: Clip, *, fps: float, draw_window: bool, encoder: str, mask_
             height=clip.height,
             box=clip.box,
             start_seconds=starts,
-            latent_keys=tuple(latent_key(clip.sha256, *view, encoder) for view in views),
+            latent_keys=tuple(latent_key(clip.sha256, *view, encoder, with_std=with_std) for view in views),
             captions=clip.captions,
             mask=clip.mask,
             mask_keys=tuple(mask_key(mask_sha256, *view) for view in views) if mask_sha256 else (),

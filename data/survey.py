@@ -87,7 +87,14 @@ def to_samples(clip: Clip, config: DataConfig, inspector: Inspector, encoder: st
     """The samples of a clip, under the window mode of its source."""
     draw = (config.sources[clip.source].windows or config.windows) == "random"
     mask_sha256 = inspector.sha256(clip.mask) if clip.mask else None
-    return samples_of(clip, fps=config.fps, draw_window=draw, encoder=encoder, mask_sha256=mask_sha256)
+    return samples_of(
+        clip,
+        fps=config.fps,
+        draw_window=draw,
+        encoder=encoder,
+        with_std=config.latent_std,
+        mask_sha256=mask_sha256,
+    )
 
 
 def describe(config: DataConfig, row: Row) -> str:

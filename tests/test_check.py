@@ -70,6 +70,10 @@ def test_what_cannot_be_used_is_exit_1_and_every_doubt_is_named(tmp_path):
     frozen = np.random.default_rng(1).integers(0, 255, (1, 8, 8, 3), dtype=np.uint8)
     write_video(folder / "frozen.mp4", frozen.repeat(30, 0).repeat(8, 1).repeat(8, 2), 16)
     (folder / "frozen.txt").write_text("a patchwork of colours in ACME style, ACME")
+    patches = np.random.default_rng(2).integers(60, 255, (2, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    cut = [np.roll(patch, frame, axis=1) for patch in patches for frame in range(30)]
+    write_video(folder / "cut.mp4", np.stack(cut), 16)
+    (folder / "cut.txt").write_text("coloured patches that move")
     done = checked(folder, tmp_path, "data.buckets=['64x64x17']", flags=["--json"])
     assert done.returncode == 1, done.stderr
     told = json.loads(done.stdout)
@@ -81,6 +85,7 @@ def test_what_cannot_be_used_is_exit_1_and_every_doubt_is_named(tmp_path):
         return any(clip == name and words in message for name, message in findings)
 
     assert said("black.mp4", "is black throughout") and said("frozen.mp4", "does not move")
+    assert said("cut.mp4", "holds 2 shots, and a window may run across a cut")
     assert said("0.mp4", "shows the same as others: 0.mp4, again.mp4")
     assert any(name == "frozen.mp4" and "ACME" in message for name, message in findings)  # the trigger twice
 

@@ -166,3 +166,13 @@ def test_a_mask_becomes_a_weight_for_each_place_of_the_latent(tmp_path, report):
     # The bucket shows columns 32-96 of the picture: white up to its 24th, which is three places of the latent.
     assert mask.shape == (5, 8, 8)
     assert torch.equal(mask, torch.tensor([1.0] * 3 + [0.0] * 5).expand(5, 8, 8))
+
+
+def test_the_deviation_of_latents_is_kept_on_request_under_a_key_of_its_own(config, report):
+    plain = prepare(config, report)
+    encoders = Encoders()
+    encode = encoders.video
+    encoders.video = lambda frames: {**(made := encode(frames)), "std": torch.ones_like(made["latent"])}
+    kept = prepare(config.model_copy(update={"latent_std": True}), report, encoders)
+    assert len(encoders.clips) == 3 and not {s.latent_keys for s in plain} & {s.latent_keys for s in kept}
+    assert Cache(config.cache).read("latent", kept[0].latent_keys[0]).keys() == {"latent", "std"}

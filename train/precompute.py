@@ -36,7 +36,7 @@ def prepare_data(config: Config, accelerator: Accelerator) -> TrainingData:
     video_fingerprint = fingerprint(base / "vae")
     text_fingerprint = fingerprint(base / "text_encoder") + fingerprint(base / "tokenizer") + config.model.dtype
     cache = Cache(config.data.cache)
-    encoders = Encoders(base, accelerator.device, getattr(torch, config.model.dtype))
+    encoders = Encoders(base, accelerator.device, getattr(torch, config.model.dtype), config.data.latent_std)
     report = config.run_folder / "data_report.jsonl"
     survey: Survey | None = None
     if accelerator.is_main_process:
@@ -91,8 +91,8 @@ def show_progress(bar: Bar, stage: str, done: int, total: int) -> None:
 class Encoders:
     """Both encoders, each loaded when it is first needed: with full caches that is never."""
 
-    def __init__(self, base: Path, device: torch.device, dtype: torch.dtype) -> None:
-        self.base, self.device, self.dtype = base, device, dtype
+    def __init__(self, base: Path, device: torch.device, dtype: torch.dtype, with_std: bool) -> None:
+        self.base, self.device, self.dtype, self.with_std = base, device, dtype, with_std
         self.loaded_text: TextEncoder | None = None
         self.loaded_video: VideoEncoder | None = None
 
@@ -105,7 +105,7 @@ class Encoders:
         if self.loaded_video is None:
             self.loaded_text = None
             gc.collect()
-            self.loaded_video = VideoEncoder(self.base, self.device)
+            self.loaded_video = VideoEncoder(self.base, self.device, with_std=self.with_std)
         return self.loaded_video(frames)
 
 
