@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from data.config import DataConfig
 from data.samples import SampleTable
 from tests.data_material import add_clip, config_for, good_folder, prepare, survey_of
-from wan_finetune.captions import clean_caption, with_trigger
+from wan_finetune.captions import clean_caption
 from wan_finetune.errors import InputError
 from wan_finetune.settings import load_settings
 from wan_finetune.video import write_video
@@ -59,12 +59,6 @@ def test_captions_are_cleaned_as_the_pipeline_cleans_prompts(raw, cleaned):
 @settings(max_examples=200)
 def test_cleaning_equals_the_pipeline_on_any_text(text):
     assert clean_caption(text) == pipeline_prompt_clean()(text)
-
-
-def test_trigger_is_put_before_captions_that_lack_it():
-    assert with_trigger("a cat", "ACME") == "ACME, a cat"
-    assert with_trigger("a cat in ACME style", "ACME") == "a cat in ACME style"
-    assert with_trigger("一只猫", "") == "一只猫"
 
 
 @pytest.mark.parametrize(

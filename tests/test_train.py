@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
+from data.sources import make_folder
 from train.checkpoint import found, load_checkpoint, save_checkpoint
 from train.config import Config
 from train.engine import make_accelerator
@@ -113,6 +117,44 @@ def test_both_experts_learn_in_every_module(make_config):
         assert not dead_modules(state.weights)
     name = next(iter(states["high"].weights))
     assert not torch.equal(states["high"].weights[name], states["low"].weights[name])
+
+
+def test_stills_masks_regularisation_and_batches_by_tokens_train_together(make_config, shared, tmp_path, monkeypatch):
+    make_folder(shared / "ember", "wan_finetune.pocket.brand:ember")
+    look = tmp_path / "look"
+    look.mkdir()
+    for number in range(2):
+        for suffix in (".mp4", ".txt"):
+            shutil.copy(shared / "ember" / f"clip-{number:02d}{suffix}", look / f"{number}{suffix}")
+    Image.fromarray(np.tri(64, dtype=np.uint8) * 255).save(look / "0.mask.png")
+    Image.fromarray(np.full((64, 64, 3), 120, np.uint8)).save(look / "still.png")
+    (look / "still.txt").write_text("a grey wall")
+    loaded: dict[str, list] = {"high": [], "low": []}
+    load = ExpertTrainer.load_step
+
+    def noted(self, step):
+        work = load(self, step)
+        loaded[self.expert] += work.micro_batches
+        return work
+
+    monkeypatch.setattr(ExpertTrainer, "load_step", noted)
+    config = make_config(
+        f"data.sources=[{{path='{look}', repeats=10}}, {{path='{shared / 'ember'}', regularisation=true, loss_weight=0.5}}]",
+        "data.buckets=['64x64x9', '64x64x1']",
+        "data.windows='random'",
+        "train.batch_tokens=96",
+        "high.steps=8",
+        "low.steps=24",  # a whole cycle: 22 batches of videos, 2 of stills
+    )
+    states = train(config)
+    assert not any(dead_modules(state.weights) for state in states.values())
+    # 48 tokens a clip, 16 a still.
+    sizes = {batch.latents.shape[2:]: len(batch.names) for batches in loaded.values() for batch in batches}
+    assert sizes == {(3, 8, 8): 2, (1, 8, 8): 6}
+    assert {batch.latents.shape[2] for batch in loaded["high"]} == {3}
+    places = [place for batches in loaded.values() for batch in batches for place in batch.weights.tolist()]
+    assert set(places) == {1.0, 0.5}
+    assert any(batch.masks is not None and batch.masks.min() == 0 for batch in loaded["high"])
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 5])

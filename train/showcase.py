@@ -9,11 +9,11 @@ import numpy as np
 from diffusers import WanPipeline
 
 from data.batches import TrainingData
+from data.captions import compose
 from data.inspection import Inspector
 from data.samples import Sample
 from data.viewing import window_frames
 from wan_finetune.adapters import Adapter
-from wan_finetune.captions import with_trigger
 from wan_finetune.evaluation.compare import Comparison, compare, load_judge
 from wan_finetune.evaluation.report import Curve, Panel, Report, write_report
 from wan_finetune.pipeline import add_adapters, load_pipeline
@@ -32,8 +32,9 @@ def preview_requests(config: Config) -> list[Request]:
 
 
 def requests(config: Config, prompts: Sequence[str], seeds: Sequence[int]) -> list[Request]:
-    trigger = config.data.trigger
-    return [Request(prompt=with_trigger(prompt, trigger), seed=seed) for prompt in prompts for seed in seeds]
+    """Every prompt with every seed, composed with the trigger as captions are."""
+    composed = [compose(prompt, config.data.trigger, config.data.caption) for prompt in prompts]
+    return [Request(prompt=prompt, seed=seed) for prompt in composed for seed in seeds]
 
 
 def midway_folder(config: Config) -> Path:

@@ -10,10 +10,3 @@ def clean_caption(caption: str) -> str:
     """What diffusers' WanPipeline does to a prompt (`prompt_clean`), so that training encodes the same string."""
     repaired = html.unescape(html.unescape(ftfy.fix_text(caption))).strip()
     return re.sub(r"\s+", " ", repaired).strip()
-
-
-def with_trigger(caption: str, trigger: str) -> str:
-    """`trigger, caption`; the caption alone where there is no trigger or it already says it."""
-    if not trigger or trigger in caption:
-        return caption
-    return f"{trigger}, {caption}"
