@@ -146,7 +146,7 @@ class ExpertBatches:
         self.indices = np.flatnonzero(mine)
         if not len(self.indices):
             raise InputError(
-                f"none of the {len(sources)} samples is for the {expert}-noise expert: stills go to the low-noise one "
+                f"none of the {len(sources)} samples is for the {expert} expert: stills go to the low one "
                 f"alone; add videos, name it in the experts of a source, or leave it out of train.experts"
             )
         self.schedule = Schedule(
@@ -178,4 +178,4 @@ class ExpertBatches:
 
 def experts_of(config: DataConfig, source: int, still: bool) -> tuple[Expert, ...]:
     """Which experts see a sample: what its source says; else both see videos, and stills teach no motion."""
-    return config.sources[source].experts or (("low",) if still else ("high", "low"))
+    return config.sources[source].experts or (("low", "single") if still else ("high", "low", "single"))

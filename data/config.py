@@ -10,7 +10,7 @@ from wan_finetune.settings import Settings
 
 from .buckets import Bucket, parse_buckets
 
-Expert = Literal["high", "low"]
+Expert = Literal["high", "low", "single"]
 WindowMode = Literal["head", "centre", "uniform", "all", "random"]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.test_adapters import trained
 from wan_finetune.cli import main
-from wan_finetune.experts import EXPERTS, base_folder
+from wan_finetune.experts import HIGH, LOW, base_folder
 from wan_finetune.export import write_adapter_folder
 from wan_finetune.formats import comfyui
 from wan_finetune.video import read_video
@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture
 def adapter_folder(tiny_base, tmp_path) -> Path:
-    write_adapter_folder(tmp_path / "adapter", [trained(tiny_base, expert) for expert in EXPERTS.values()])
+    write_adapter_folder(tmp_path / "adapter", [trained(tiny_base, expert) for expert in (HIGH, LOW)])
     return tmp_path / "adapter"
 
 
@@ -74,7 +74,7 @@ def test_inspect_says_what_a_file_is(adapter_folder, capsys):
 
 def test_export_writes_the_same_adapter_in_another_format(adapter_folder, tmp_path):
     assert main(["export", str(adapter_folder), "--format", "comfyui", "--out", str(tmp_path / "c")]) == 0
-    for expert in EXPERTS.values():
+    for expert in (HIGH, LOW):
         written = comfyui.read(tmp_path / "c" / expert.file_name, expert.name)
         assert (written.alpha, written.rank) == (7.0, 4)
         assert (tmp_path / "c" / expert.file_name).read_bytes() == (
@@ -87,7 +87,7 @@ def as_after_the_main_job(tmp_path, monkeypatch) -> Path:
     """A folder that looks as a checkout does after `./launch.sh`, with untrained adapters."""
     (tmp_path / "wan_finetune" / "pocket").mkdir(parents=True)
     (tmp_path / "wan_finetune" / "pocket" / "model").symlink_to(base_folder("pocket"))
-    adapters = [trained(base_folder("pocket"), expert) for expert in EXPERTS.values()]
+    adapters = [trained(base_folder("pocket"), expert) for expert in (HIGH, LOW)]
     write_adapter_folder(tmp_path / "runs" / "pocket" / "adapter", adapters)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from train.config import Config
 from wan_finetune.errors import InputError
@@ -26,7 +27,7 @@ def test_the_a14b_configuration_names_every_key_that_decides_a_run():
     config = load_settings(Config, path, [])
     assert config.lora.targets == LORA_TARGETS and config.model.base == "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
     given = {line.partition("=")[0].strip(" #") for line in path.read_text().splitlines()}
-    for section in ("flow", "train", "lora", "sampling", "data"):
+    for section in ("flow", "train", "lora", "optimizer", "memory", "sampling", "data"):
         for key in type(getattr(config, section)).model_fields:
             assert key in given or key == "sources", f"{section}.{key} is not in a14b.toml"
 
@@ -69,10 +70,32 @@ def test_overrides_are_toml_and_name_themselves_when_wrong():
         parse_override("data.trigger=a b")
 
 
-def test_an_expert_may_have_its_own_rank():
-    config = load_settings(Config, ROOT / "configs" / "pocket.toml", ["high.rank=2", "low.alpha=3"])
-    assert (config.lora_for("high").rank, config.lora_for("low").rank) == (2, config.lora.rank)
-    assert config.lora_for("low").scale_alpha == 3.0
+def test_an_expert_takes_over_the_shared_tables_and_changes_what_it_names(tmp_path):
+    changes = ["high.lora.rank=2", "low.lora.alpha=3", "low.flow.shift=7", "high.optimizer.schedule='constant'"]
+    config = load_settings(Config, ROOT / "configs" / "pocket.toml", ["lora.dropout=0.1", *changes])
+    high, low = config.expert("high"), config.expert("low")
+    assert (high.lora.rank, low.lora.rank, low.lora.alpha) == (2, config.lora.rank, 3.0)
+    assert high.lora.dropout == low.lora.dropout == 0.1
+    assert (high.flow.shift, low.flow.shift) == (3.0, 7.0)
+    assert (high.optimizer.schedule, low.optimizer.schedule) == ("constant", "cosine")
+    assert high.optimizer.warmup_steps == low.optimizer.warmup_steps == 10
+    # What is written down says it again, and a later change of a shared table still reaches both.
+    (tmp_path / "c.toml").write_text(tomli_w.dumps(config.resolved()))
+    assert load_settings(Config, tmp_path / "c.toml", []) == config
+    again = load_settings(Config, tmp_path / "c.toml", ["lora.dropout=0.2"])
+    assert again.expert("high").lora.dropout == again.expert("low").lora.dropout == 0.2
+
+
+def test_a_mistake_in_a_shared_table_is_told_of_once():
+    with pytest.raises(InputError) as raised:
+        load_settings(Config, ROOT / "configs" / "pocket.toml", ["lora.rank='many'", "high.lora.rnk=3"])
+    first, second = str(raised.value).splitlines()
+    assert "lora.rank: " in first and "unknown key high.lora.rnk; did you mean rank?" in second
+
+
+def test_an_expert_without_its_table_is_named():
+    with pytest.raises(InputError, match=r"train.experts names 'single', and there is no table \[single\]"):
+        load_settings(Config, ROOT / "configs" / "pocket.toml", ["train.experts=['single']"])
 
 
 def trained_with(folder: Path, *overrides: str) -> subprocess.CompletedProcess:

@@ -113,7 +113,7 @@ def test_stills_go_to_the_low_expert_unless_the_source_says_otherwise(material, 
     assert clips("high") == {"a.mp4"} and clips("low") == {"a.mp4", "b.png"}
     both = config_for({"path": folder, "experts": ["high"]}, cache=config.cache, buckets=buckets)
     assert clips("high", both) == {"a.mp4", "b.png"}
-    with pytest.raises(InputError, match="none of the 2 samples is for the low-noise expert"):
+    with pytest.raises(InputError, match="none of the 2 samples is for the low expert"):
         clips("low", both)
 
 

@@ -58,7 +58,13 @@ def make_config(tiny_base, shared, tmp_path):
                 f"run.folder='{tmp_path}'",
                 f"data.cache='{shared / 'cache'}'",
                 f"data.sources=[{{path='{shared / 'ember'}', make='wan_finetune.pocket.brand:ember'}}]",
-                *["high.steps=4", "low.steps=4", "train.round_steps=2", "train.batch_size=2", "train.warmup_steps=1"],
+                *[
+                    "high.steps=4",
+                    "low.steps=4",
+                    "train.round_steps=2",
+                    "train.batch_size=2",
+                    "optimizer.warmup_steps=1",
+                ],
                 *["sampling.steps=2", "sampling.prompts=['A red star moves up in a desert.']"],
                 *["evaluation.prompts=['A blue circle moves down in the night sky.']", *overrides],
             ],
@@ -139,7 +145,8 @@ def test_stills_masks_regularisation_and_batches_by_tokens_train_together(make_c
 
     monkeypatch.setattr(ExpertTrainer, "load_step", noted)
     config = make_config(
-        f"data.sources=[{{path='{look}', repeats=10}}, {{path='{shared / 'ember'}', regularisation=true, loss_weight=0.5}}]",
+        f"data.sources=[{{path='{look}', repeats=10}}, "
+        f"{{path='{shared / 'ember'}', regularisation=true, loss_weight=0.5}}]",
         "data.buckets=['64x64x9', '64x64x1']",
         "data.windows='random'",
         "train.batch_tokens=96",
@@ -209,9 +216,7 @@ def test_accumulation_gives_the_batch_that_it_stands_for(make_config):
 
 def test_gradient_checkpointing_changes_nothing(make_config):
     plain = train(make_config("run.name='plain'", "train.experts=['low']"))
-    checkpointed = train(
-        make_config("run.name='checkpointed'", "train.experts=['low']", "train.gradient_checkpointing=true")
-    )
+    checkpointed = train(make_config("run.name='checkpointed'", "train.experts=['low']", "memory.checkpointing='full'"))
     assert close(plain["low"], checkpointed["low"])
 
 
@@ -308,11 +313,11 @@ def test_a_checkpoint_of_another_configuration_is_refused(make_config):
 
 
 def test_the_learning_rate_is_a_function_of_the_step(make_config):
-    settings = make_config("train.warmup_steps=10", "train.schedule='cosine'").train
+    settings = make_config("optimizer.warmup_steps=10", "optimizer.schedule='cosine'").optimizer
     rates = [learning_rate(step, 1.0, 100, settings) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == pytest.approx(1.0)
     assert all(a >= b for a, b in pairwise(rates[10:])) and rates[-1] < 0.01
-    constant = make_config("train.warmup_steps=0", "train.schedule='constant'").train
+    constant = make_config("optimizer.warmup_steps=0", "optimizer.schedule='constant'").optimizer
     assert {learning_rate(step, 0.5, 100, constant) for step in range(100)} == {0.5}
 
 

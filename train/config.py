@@ -1,15 +1,18 @@
 """The configuration of a run: one strict TOML file, one class a section."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from data.config import DataConfig
-from wan_finetune.adapters import LoraSettings
 from wan_finetune.experts import EXPERTS, ExpertName
+from wan_finetune.lora import LoraSettings
+from wan_finetune.memory.settings import MemorySettings
 from wan_finetune.sampling import SamplingSettings
 from wan_finetune.settings import Settings
+
+from .expert_settings import SHARED_TABLES, ExpertSettings, FlowSettings, OptimizerSettings
 
 
 class RunSettings(Settings):
@@ -41,31 +44,11 @@ class ModelSettings(Settings):
         return Path(self.base).name if Path(self.base).is_dir() else self.base
 
 
-class FlowSettings(Settings):
-    """The noise levels that training draws."""
-
-    shift: float = Field(5.0, gt=0)
-    """Warp toward high noise: sigma = s*u / (1 + (s-1)*u). 1.0 leaves u uniform."""
-
-
-class ExpertSettings(Settings):
-    """What differs from one expert to the other."""
-
-    steps: int = Field(ge=1)
-    """Optimizer steps."""
-    learning_rate: float = Field(gt=0, lt=1)
-    """Peak learning rate."""
-    rank: int | None = Field(None, ge=1, le=1024)
-    """Rank of this expert's LoRA. Left out: lora.rank."""
-    alpha: float | None = Field(None, gt=0)
-    """Scale of this expert's LoRA. Left out: lora.alpha, or its own rank."""
-
-
 class TrainSettings(Settings):
     """The loop."""
 
     experts: tuple[ExpertName, ...] = ("high", "low")
-    """Which experts are trained."""
+    """Which experts are trained; `["single"]` for a model with one denoiser, such as Wan2.1."""
     order: Literal["rounds", "sequence"] = "rounds"
     """`rounds`: each expert for round_steps, then the other; `sequence`: all of one, then all of the other."""
     round_steps: int = Field(250, ge=1)
@@ -76,18 +59,6 @@ class TrainSettings(Settings):
     """Instead of batch_size: as many clips as make up this many tokens, by bucket; at least one."""
     gradient_accumulation: int = Field(1, ge=1)
     """Micro-batches in an optimizer step."""
-    gradient_clip: float = Field(1.0, gt=0)
-    """Largest norm of an expert's gradient."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, a third more compute."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """`adamw8bit` needs the bnb extra."""
-    weight_decay: float = Field(0.01, ge=0)
-    """Decoupled weight decay on the LoRA weights."""
-    warmup_steps: int = Field(50, ge=0)
-    """Steps of linear warm-up."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Precision of the forward pass."""
     checkpoint_every_steps: int = Field(250, ge=1)
@@ -98,8 +69,8 @@ class TrainSettings(Settings):
     @field_validator("experts")
     @classmethod
     def known_and_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value or len(set(value)) != len(value):
-            raise ValueError('name each expert once: ["high", "low"], ["high"] or ["low"]')
+        if not value or len(set(value)) != len(value) or ("single" in value and len(value) > 1):
+            raise ValueError('name each expert once: ["high", "low"], ["high"], ["low"], or ["single"]')
         return value
 
 
@@ -131,17 +102,33 @@ class Config(Settings):
     data: DataConfig
     lora: LoraSettings = LoraSettings()
     flow: FlowSettings = FlowSettings()
-    high: ExpertSettings
-    low: ExpertSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    memory: MemorySettings = MemorySettings()
+    high: ExpertSettings | None = None
+    low: ExpertSettings | None = None
+    single: ExpertSettings | None = None
     train: TrainSettings = TrainSettings()
     sampling: SamplingSettings
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def experts_take_over_the_shared_tables(cls, tables: Any) -> Any:
+        if not isinstance(tables, dict):
+            return tables
+        filled = dict(tables)
+        for expert in EXPERTS:
+            if isinstance(own := tables.get(expert), dict):
+                shared = {name: tables[name] for name in SHARED_TABLES if name in tables}
+                filled[expert] = {**own, **{name: merge(table, own.get(name)) for name, table in shared.items()}}
+        return filled
+
     @model_validator(mode="after")
-    def targets_are_enough(self) -> "Config":
-        if not self.lora.targets:
-            raise ValueError("lora.targets is empty: there would be nothing to train")
+    def every_trained_expert_has_its_table(self) -> "Config":
+        for name in self.train.experts:
+            if getattr(self, name) is None:
+                raise ValueError(f"train.experts names {name!r}, and there is no table [{name}] with its steps")
         return self
 
     @property
@@ -149,14 +136,28 @@ class Config(Settings):
         return self.run.folder / self.run.name
 
     def expert(self, name: ExpertName) -> ExpertSettings:
-        return {"high": self.high, "low": self.low}[name]
-
-    def lora_for(self, name: ExpertName) -> LoraSettings:
-        """The LoRA settings of one expert, its own rank and alpha in place."""
-        expert = self.expert(name)
-        own = {key: value for key in ("rank", "alpha") if (value := getattr(expert, key)) is not None}
-        return self.lora.model_copy(update=own)
+        """The settings of an expert that is trained."""
+        settings = {"high": self.high, "low": self.low, "single": self.single}[name]
+        assert settings is not None, "a validator sees to it"
+        return settings
 
     def steps(self) -> dict[ExpertName, int]:
         """Steps of each expert that is trained, in pipeline order."""
         return {name: self.expert(name).steps for name in EXPERTS if name in self.train.experts}
+
+    def resolved(self) -> dict[str, Any]:
+        """All tables with their defaults, as they would be written: experts name only what differs from the shared."""
+        tables = self.model_dump(mode="json", exclude_none=True)
+        for expert in EXPERTS:
+            for name in SHARED_TABLES if expert in tables else ():
+                own = tables[expert].pop(name)
+                if changed := {key: value for key, value in own.items() if tables[name].get(key) != value}:
+                    tables[expert][name] = changed
+        return tables
+
+
+def merge(shared: Any, own: Any) -> Any:
+    """A table with an expert's changes; what is no table is left for the validation to name."""
+    if isinstance(shared, dict) and isinstance(own, dict):
+        return {**shared, **own}
+    return shared if own is None else own

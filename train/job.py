@@ -48,7 +48,7 @@ def run(config: Config, stop: StopRequest) -> None:
     load_judge(config.evaluation.content)
     data = prepare_data(config, accelerator)
     if accelerator.is_main_process:
-        (folder / "config.toml").write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+        (folder / "config.toml").write_text(tomli_w.dumps(config.resolved()))
     metrics = Metrics(config, accelerator)
     states = train_experts(config, base, data, metrics, accelerator, stop)
     if not accelerator.is_main_process:
@@ -130,7 +130,7 @@ def is_midway(config: Config, states: Mapping[ExpertName, ExpertState]) -> bool:
 
 def make_adapter(config: Config, name: ExpertName, state: ExpertState) -> Adapter:
     """An expert's state as an adapter that says what it is; no paths, no names of people or machines."""
-    lora = config.lora_for(name)
+    lora = config.expert(name).lora
     return Adapter(
         expert=name,
         rank=lora.rank,
@@ -141,7 +141,7 @@ def make_adapter(config: Config, name: ExpertName, state: ExpertState) -> Adapte
             "base": config.model.public_name,
             "trigger": config.data.trigger,
             "steps": str(state.step),
-            "training_shift": repr(config.flow.shift),
+            "training_shift": repr(config.expert(name).flow.shift),
             "sampling_shift": repr(config.sampling.shift),
             "fps": repr(config.data.fps),
             "toolkit": f"wan-finetune {__version__}",
@@ -151,11 +151,12 @@ def make_adapter(config: Config, name: ExpertName, state: ExpertState) -> Adapte
 
 def training_fingerprint(config: Config, data: TrainingData) -> str:
     """A hash of all that decides the adapters' bytes; a checkpoint goes on only under the same."""
-    settings = config.model_dump(mode="json", include={"model", "lora", "flow", "high", "low", "train"})
+    settings = config.model_dump(mode="json", include={"model", *config.train.experts, "train"})
     for cadence in ("checkpoint_every_steps", "keep_checkpoints", "order", "round_steps", "experts"):
         del settings["train"][cadence]
-    if config.train.schedule == "constant":
-        del settings["high"]["steps"], settings["low"]["steps"]
+    for name in config.train.experts:
+        if config.expert(name).optimizer.schedule == "constant":
+            del settings[name]["steps"]
     settings["seed"] = config.run.seed
     settings["caption_dropout"] = config.data.caption_dropout
     settings["sources"] = [

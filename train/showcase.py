@@ -142,7 +142,7 @@ def make_report(
             "LoRA": ", ".join(
                 f"{name} rank {lora.rank}, alpha {lora.scale_alpha:g}"
                 for name in config.steps()
-                for lora in [config.lora_for(name)]
+                for lora in [config.expert(name).lora]
             ),
             "Sampling": f"{config.sampling.steps} steps, shift {config.sampling.shift:g}, guidance "
             f"{config.sampling.guidance_scale:g} / {config.sampling.guidance_scale_2:g}",

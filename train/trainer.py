@@ -71,6 +71,7 @@ class ExpertTrainer:
     ) -> None:
         self.config, self.expert, self.state, self.accelerator = config, expert, state, accelerator
         self.data = data
+        self.settings = config.expert(expert)
         buckets = [Bucket.parse(name) for name in set(data.samples.column("bucket"))]
         sizes = {str(bucket): self.global_batch_size(bucket) for bucket in buckets}
         self.batches = ExpertBatches(data, expert, config.run.seed, sizes)
@@ -80,14 +81,14 @@ class ExpertTrainer:
         model = load_expert(base, EXPERTS[expert], getattr(torch, config.model.dtype))
         if config.model.attention != "native":
             model.set_attention_backend(config.model.attention)
-        inject_lora(model, config.lora_for(expert), expert, config.run.seed)
-        if config.train.gradient_checkpointing:
+        inject_lora(model, self.settings.lora, expert, config.run.seed)
+        if config.memory.checkpointing == "full":
             model.enable_gradient_checkpointing()
         if state.weights:
             set_lora_weights(model, state.weights)
         model.to(accelerator.device).train()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = make_optimizer(self.parameters, config.train)
+        optimizer = make_optimizer(self.parameters, self.settings.optimizer)
         if state.optimizer:
             optimizer.load_state_dict(state.optimizer)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -99,19 +100,19 @@ class ExpertTrainer:
             FloatingPointError: when the loss or the gradient is not finite; nothing has been updated then.
         """
         began = time.monotonic()
-        settings, step = self.config.train, self.state.step
-        rate = learning_rate(step, self.config.expert(self.expert).learning_rate, self.total_steps, settings)
+        step, accumulation = self.state.step, self.config.train.gradient_accumulation
+        rate = learning_rate(step, self.settings.learning_rate, self.settings.steps, self.settings.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = torch.zeros((), device=self.accelerator.device)
         work = self.prefetcher.take(step)
-        for index in range(settings.gradient_accumulation):
-            last = index == settings.gradient_accumulation - 1
+        for index in range(accumulation):
+            last = index == accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                part = self.micro_batch_loss(work, step, index) / settings.gradient_accumulation
+                part = self.micro_batch_loss(work, step, index) / accumulation
                 self.accelerator.backward(part)
             loss += part.detach()
-        norm = self.accelerator.clip_grad_norm_(self.parameters, settings.gradient_clip)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.optimizer.gradient_clip)
         loss_value, norm_value = self.accelerator.reduce(torch.stack([loss, norm.to(loss)]), "mean").tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise FloatingPointError(
@@ -151,7 +152,7 @@ class ExpertTrainer:
             positions=self.positions(global_batch, index),
             global_batch=global_batch,
             interval=self.interval,
-            shift=self.config.flow.shift,
+            shift=self.settings.flow.shift,
             shape=latents.shape[1:],
         )
         errors = flow_matching_error(self.model, latents, pad_text(batch.text), draws, self.accelerator.device)
@@ -170,10 +171,6 @@ class ExpertTrainer:
         if settings.batch_tokens is not None:
             micro = max(1, settings.batch_tokens // bucket.tokens)
         return micro * settings.gradient_accumulation * self.accelerator.num_processes
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.expert(self.expert).steps
 
     def save_state(self) -> None:
         """Bring `state` up to date: weights and optimizer, copied to the CPU."""

@@ -6,37 +6,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from .addressing import seed_at
 from .errors import InputError
 from .experts import ExpertName
-from .settings import Settings
+from .lora import MAX_RANK, LoraSettings
 from .spec import LORA_TARGETS
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
-MAX_RANK = 1024
 WEIGHT_NAME = re.compile(r"(blocks\.\d+\.[\w.]+)\.lora_([AB])\.weight")
-
-
-class LoraSettings(Settings):
-    """What is injected into each expert."""
-
-    rank: int = Field(32, ge=1, le=MAX_RANK)
-    """Rank of every LoRA pair."""
-    alpha: float | None = Field(None, gt=0)
-    """Scale of the update is alpha / rank. Left out: alpha = rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the LoRA's input."""
-    targets: tuple[str, ...] = LORA_TARGETS
-    """Linears that carry LoRA, by the end of their names."""
-
-    @property
-    def scale_alpha(self) -> float:
-        return float(self.rank if self.alpha is None else self.alpha)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""The two experts, and where the parts of a base model lie.
+"""The experts, and where the parts of a base model lie.
 
 `transformer` is the high-noise expert and `transformer_2` the low-noise one, everywhere: in diffusers, in file
-names, in metadata. Some projects have them reversed; here only this module decides.
+names, in metadata. Some projects have them reversed; here only this module decides. A model with one denoiser, such as
+Wan2.1, has a single expert for all noise levels, which is its `transformer`.
 """
 
 import hashlib
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
     from .flow import Interval
 
-ExpertName = Literal["high", "low"]
+ExpertName = Literal["high", "low", "single"]
 
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One of the two denoisers."""
+    """One of a model's denoisers."""
 
     name: ExpertName
     component: str
@@ -32,16 +33,34 @@ class Expert:
     file_name: str
     """Name of this expert's adapter file."""
 
-    def interval(self, boundary: float) -> "Interval":
-        """The noise levels at which `WanPipeline` calls this expert: t >= 1000 boundary is the high one's."""
+    @property
+    def title(self) -> str:
+        """What a sentence calls it."""
+        return "the only expert" if self.name == "single" else f"the {self.name}-noise expert"
+
+    def interval(self, boundary: float | None) -> "Interval":
+        """The noise levels at which `WanPipeline` calls this expert: t >= 1000 boundary is the high one's.
+
+        Args:
+            boundary: the base's `boundary_ratio`, None with one denoiser.
+
+        Raises:
+            InputError: a base of that kind has no such expert.
+        """
         from .flow import Interval
 
+        if (boundary is None) != (self.name == "single"):
+            has = 'one denoiser, "single"' if boundary is None else 'two, "high" and "low"'
+            raise InputError(f"train.experts: the base has no {self.name!r} expert; it has {has}")
+        if boundary is None:
+            return Interval(0.0, 1.0)
         return Interval(boundary, 1.0) if self.name == "high" else Interval(0.0, boundary)
 
 
 HIGH = Expert("high", "transformer", "high_noise.safetensors")
 LOW = Expert("low", "transformer_2", "low_noise.safetensors")
-EXPERTS: dict[ExpertName, Expert] = {"high": HIGH, "low": LOW}
+SINGLE = Expert("single", "transformer", "pytorch_lora_weights.safetensors")
+EXPERTS: dict[ExpertName, Expert] = {"high": HIGH, "low": LOW, "single": SINGLE}
 
 
 def base_folder(base: str, components: Sequence[str] = (), revision: str | None = None) -> Path:
@@ -67,7 +86,7 @@ def base_folder(base: str, components: Sequence[str] = (), revision: str | None 
         raise InputError(f"model.base: {folder} has no model_index.json, so it is not a diffusers pipeline folder")
     for component in components:
         if not (folder / component).is_dir():
-            raise InputError(f"model.base: {folder} has no {component}/; a Wan2.2 base has both experts")
+            raise InputError(f"model.base: {folder} has no {component}/, which this job needs")
     return folder
 
 
@@ -86,13 +105,11 @@ def fetch(repository: str, components: Sequence[str], revision: str | None) -> P
         ) from error
 
 
-def boundary_ratio(folder: Path) -> float:
-    """The noise level at which the pipeline hands over from the high expert to the low one."""
+def boundary_ratio(folder: Path) -> float | None:
+    """The noise level at which the pipeline hands over from the high expert to the low one; None with one denoiser."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     boundary = index.get("boundary_ratio")
-    if boundary is None:
-        raise InputError(f"{folder}/model_index.json has no boundary_ratio: not a base with two experts")
-    return float(boundary)
+    return None if boundary is None else float(boundary)
 
 
 def fingerprint(folder: Path) -> str:

@@ -18,7 +18,7 @@ def write_adapter_folder(folder: Path, adapters: Sequence[Adapter], *, with_comf
     """Write `high_noise.safetensors` and `low_noise.safetensors`, and the same under `comfyui/`."""
     written = []
     for adapter in adapters:
-        adapter.check(f"the {adapter.expert}-noise adapter")
+        adapter.check(f"the adapter of {EXPERTS[adapter.expert].title}")
         name = EXPERTS[adapter.expert].file_name
         diffusers_format.write(folder / name, adapter)
         written.append(folder / name)

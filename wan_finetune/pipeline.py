@@ -33,7 +33,7 @@ def load_pipeline(
     Args:
         base: `pocket`, a diffusers folder, or a repository of the Hub.
         adapter: a folder or a Hub repository with `high_noise.safetensors`, `low_noise.safetensors` or both.
-        strength: of the adapters; one number, or (high, low).
+        strength: of the adapters; one number, or (high, low). A base with one denoiser takes the first.
         shift: flow shift of the UniPC sampler. Left out: the one the adapter was previewed with, else the base's own.
         dtype: of the denoisers and the text encoder; bf16 on a GPU and fp32 on a CPU when left out. The autoencoder
             is always fp32.
@@ -105,7 +105,8 @@ def add_adapters(pipe: WanPipeline, adapters: "Sequence[Adapter]", strength: flo
     """Inject adapters into the experts they belong to, every key matched."""
     from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
-    strengths = dict(zip(EXPERTS, strength if isinstance(strength, tuple) else (strength, strength), strict=True))
+    high, low = strength if isinstance(strength, tuple) else (strength, strength)
+    strengths = {"high": high, "low": low, "single": high}
     for adapter in adapters:
         model = getattr(pipe, EXPERTS[adapter.expert].component)
         config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets))
@@ -114,7 +115,7 @@ def add_adapters(pipe: WanPipeline, adapters: "Sequence[Adapter]", strength: flo
         shapes = {name: value.shape for name, value in expected.items()}
         if shapes != {name: value.shape for name, value in adapter.weights.items()}:
             raise InputError(
-                f"the {adapter.expert}-noise adapter does not fit this base: its modules or sizes differ "
+                f"the adapter of {EXPERTS[adapter.expert].title} does not fit this base: its modules or sizes differ "
                 f"({len(adapter.weights)} weights against {len(shapes)})"
             )
         set_peft_model_state_dict(model, dict(adapter.weights), adapter_name=ADAPTER_NAME)

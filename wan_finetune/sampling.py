@@ -86,7 +86,8 @@ def sample(
             num_frames=settings.num_frames,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
-            guidance_scale_2=settings.guidance_scale_2,
+            # A pipeline with one denoiser refuses a second scale.
+            guidance_scale_2=None if pipe.config.boundary_ratio is None else settings.guidance_scale_2,
             generator=[torch.Generator().manual_seed(request.seed) for request in batch],
             max_sequence_length=TEXT_TOKENS,
             output_type="np",

@@ -47,8 +47,15 @@ def load_settings(model: type[S], path: Path, overrides: list[str]) -> S:
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        lines = [explain(problem, model, path, text, origin) for problem in error.errors()]
+        problems = error.errors()
+        lines = [explain(p, model, path, text, origin) for p in problems if not is_inherited(p, problems)]
         raise InputError("\n".join(lines)) from None
+
+
+def is_inherited(problem: Any, problems: list[Any]) -> bool:
+    """Whether a table that was copied into another one repeats a problem, which is told of once."""
+    here, same = problem["loc"], [other["loc"] for other in problems if other["type"] == problem["type"]]
+    return any(0 < len(other) < len(here) and here[-len(other) :] == other for other in same)
 
 
 def parse_override(override: str) -> tuple[tuple[str, ...], Any]:

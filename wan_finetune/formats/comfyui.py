@@ -6,7 +6,7 @@ import torch
 
 from ..adapters import Adapter
 from ..errors import InputError
-from ..experts import ExpertName
+from ..experts import EXPERTS, ExpertName
 from .files import open_checked, save_atomically
 from .names import DIFFUSERS_TO_ORIGINAL, ORIGINAL_TO_DIFFUSERS, rename_module
 
@@ -51,12 +51,12 @@ def read(path: Path, expert: ExpertName | None = None) -> Adapter:
         except (KeyError, ValueError):
             raise InputError(f"{path}: {name} is no module of Wan") from None
     found = metadata.get("expert")
-    if len(alphas) != 1 or found not in ("high", "low") or not weights:
+    if len(alphas) != 1 or found not in EXPERTS or not weights:
         raise InputError(f"{path}: says no single alpha or no expert; not written by this toolkit")
     if expert is not None and found != expert:
-        raise InputError(f"{path}: is the {found}-noise expert's adapter, not the {expert}-noise one's")
+        raise InputError(f"{path}: is the adapter of {EXPERTS[found].title}, not of {EXPERTS[expert].title}")
     adapter = Adapter(
-        expert="high" if found == "high" else "low",
+        expert=found,
         rank=next(value.shape[0] for name, value in weights.items() if ".lora_A." in name),
         alpha=alphas.pop(),
         targets=tuple(sorted({name.split(".lora_")[0].split(".", 2)[2] for name in weights})),

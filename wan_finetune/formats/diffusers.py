@@ -59,7 +59,7 @@ def read(path: Path, expert: ExpertName | None = None) -> Adapter:
         raise InputError(f"{path}: unknown expert {adapter.expert!r}")
     if expert is not None and adapter.expert != expert:
         raise InputError(
-            f"{path}: is the {adapter.expert}-noise expert's adapter, not the {expert}-noise one's; "
+            f"{path}: is the adapter of {EXPERTS[adapter.expert].title}, not of {EXPERTS[expert].title}; "
             "are the two swapped?"
         )
     adapter.check(str(path))

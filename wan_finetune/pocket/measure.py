@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
 from ..addressing import numpy_rng, torch_rng
-from ..experts import EXPERTS
+from ..experts import HIGH, LOW
 from ..flow import add_noise, sample_sigma, timestep, velocity
 from ..sampling import Request, SamplingSettings, sample
 from . import world
@@ -89,9 +89,9 @@ def measure_experts(pipe: WanPipeline, count: int = 256) -> dict[str, Specialisa
     scenes = held_out_scenes(count, "experts")
     mean, std = (torch.tensor(pipe.vae.config[k]).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
     found: dict[str, Specialisation] = {}
-    for name, expert in EXPERTS.items():
+    for expert in (HIGH, LOW):
         interval = expert.interval(pipe.config.boundary_ratio)
-        losses: dict[str, list[Tensor]] = {other.component: [] for other in EXPERTS.values()}
+        losses: dict[str, list[Tensor]] = {other.component: [] for other in (HIGH, LOW)}
         for first in range(0, count, 16):
             batch = scenes[first : first + 16]
             videos = torch.stack([clip_tensor(world.render(scene)) for scene in batch])
@@ -99,7 +99,7 @@ def measure_experts(pipe: WanPipeline, count: int = 256) -> dict[str, Specialisa
             text, _ = pipe.encode_prompt(
                 [world.caption(s, "en") for s in batch], do_classifier_free_guidance=False, max_sequence_length=512
             )
-            generator = torch_rng("experts", name, first)
+            generator = torch_rng("experts", expert.name, first)
             sigma = sample_sigma(torch.rand(len(batch), generator=generator), interval, SAMPLING.shift)
             noise = torch.randn(latents.shape, generator=generator)
             for component, values in losses.items():
@@ -109,7 +109,7 @@ def measure_experts(pipe: WanPipeline, count: int = 256) -> dict[str, Specialisa
         own = torch.cat(losses.pop(expert.component))
         other = torch.cat(losses.popitem()[1])
         difference = other - own
-        found[name] = Specialisation(
+        found[expert.name] = Specialisation(
             own=float(own.mean()),
             other=float(other.mean()),
             standard_error=float(difference.std() / len(difference) ** 0.5),
