@@ -23,12 +23,13 @@ from train.checkpoint import found, load_checkpoint, save_checkpoint
 from train.config import Config
 from train.engine import make_accelerator
 from train.job import run, train_experts, training_fingerprint
+from train.objective import weighted_loss
 from train.optim import learning_rate
 from train.precompute import prepare_data
 from train.rounds import stretches
 from train.signals import Stopped, StopRequest
 from train.tracking import Metrics
-from train.trainer import ExpertState, ExpertTrainer, weighted_loss
+from train.trainer import ExpertState, ExpertTrainer
 from wan_finetune.adapters import dead_modules
 from wan_finetune.encoders import TextEncoder, pad_text
 from wan_finetune.errors import InputError

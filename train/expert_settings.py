@@ -12,7 +12,26 @@ class FlowSettings(Settings):
     """The noise levels that training draws, and what a miss costs."""
 
     shift: float = Field(5.0, gt=0)
-    """Warp toward high noise: sigma = s*u / (1 + (s-1)*u). 1.0 leaves u uniform."""
+    """Warp toward high noise: sigma = s*u / (1 + (s-1)*u). 1.0 leaves u as it is drawn."""
+    density: Literal["uniform", "logit_normal", "mode", "beta", "schedule"] = "uniform"
+    """How u is drawn inside the expert's share of it. `schedule`: only noise levels that the sampler visits, by
+    sampling.steps and sampling.shift; then flow.shift has no part."""
+    logit_mean: float = Field(0.0, ge=-5, le=5)
+    """Of `logit_normal`."""
+    logit_std: float = Field(1.0, gt=0, le=5)
+    """Of `logit_normal`."""
+    mode_scale: float = Field(1.29, ge=-1, le=1.75)
+    """Of `mode`: positive for the middle, negative for the ends."""
+    beta_a: float = Field(1.0, gt=0, le=50)
+    """Of `beta`, Beta(a, b): a > b leans to noise."""
+    beta_b: float = Field(1.0, gt=0, le=50)
+    """Of `beta`."""
+    weighting: Literal["none", "cosmap"] = "none"
+    """Factor of the loss by noise level; `cosmap` lifts the middle (Esser et al. 2024)."""
+    loss: Literal["mse", "huber"] = "mse"
+    """`huber` counts large errors linearly: for sets with odd clips in them."""
+    huber_delta: float = Field(1.0, gt=0)
+    """Error from which `huber` is linear."""
 
 
 class OptimizerSettings(Settings):

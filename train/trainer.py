@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,9 @@ from data.prefetching import Prefetcher
 from wan_finetune.adapters import inject_lora, lora_weights, set_lora_weights
 from wan_finetune.encoders import latent_statistics, pad_text
 from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio, load_expert
-from wan_finetune.flow import add_noise, timestep, velocity
 
 from .config import Config
-from .objective import Draws, draw
+from .objective import draw, flow_matching_error, level_weights, noise_levels, weighted_loss
 from .optim import learning_rate, make_optimizer
 
 
@@ -76,7 +75,8 @@ class ExpertTrainer:
         sizes = {str(bucket): self.global_batch_size(bucket) for bucket in buckets}
         self.batches = ExpertBatches(data, expert, config.run.seed, sizes)
         self.prefetcher = Prefetcher(self.load_step)
-        self.interval = EXPERTS[expert].interval(boundary_ratio(base))
+        interval = EXPERTS[expert].interval(boundary_ratio(base))
+        self.levels = noise_levels(self.settings.flow, interval, config.sampling)
         self.latents_mean, self.latents_std = latent_statistics(base)
         model = load_expert(base, EXPERTS[expert], getattr(torch, config.model.dtype))
         if config.model.attention != "native":
@@ -151,12 +151,12 @@ class ExpertTrainer:
             step=step,
             positions=self.positions(global_batch, index),
             global_batch=global_batch,
-            interval=self.interval,
-            shift=self.settings.flow.shift,
+            levels=self.levels,
             shape=latents.shape[1:],
         )
-        errors = flow_matching_error(self.model, latents, pad_text(batch.text), draws, self.accelerator.device)
-        return weighted_loss(errors, batch.masks, batch.weights)
+        flow, device = self.settings.flow, self.accelerator.device
+        errors = flow_matching_error(self.model, latents, pad_text(batch.text), draws, flow, device)
+        return weighted_loss(errors, batch.masks, batch.weights * level_weights(draws.sigma, flow))
 
     def positions(self, global_batch: int, index: int) -> range:
         """Positions in the global batch of this process's share of micro-batch `index`."""
@@ -185,32 +185,6 @@ class ExpertTrainer:
         self.model = self.optimizer = None
         self.parameters = []
         self.accelerator.free_memory()
-
-
-def flow_matching_error(
-    model: Callable[..., tuple[Tensor, ...]], latents: Tensor, text: Tensor, draws: Draws, device: torch.device
-) -> Tensor:
-    """(v(x_t, t, text) - (noise - latents))^2, [B, C, F, H, W]; text is [B, 512, D]."""
-    latents, noise, sigma = latents.to(device), draws.noise.to(device), draws.sigma.to(device)
-    predicted = model(
-        hidden_states=add_noise(latents, noise, sigma),
-        timestep=timestep(sigma),
-        encoder_hidden_states=text.to(device),
-        return_dict=False,
-    )[0]
-    return (predicted.float() - velocity(latents, noise)).square()
-
-
-def weighted_loss(errors: Tensor, masks: Tensor | None, weights: Tensor) -> Tensor:
-    """The mean over clips of errors [B, C, F, H, W], each a mean under its mask [B, F, H, W], times its weight [B]."""
-    places = errors.mean(1)
-    if masks is None:
-        clips = places.mean((1, 2, 3))
-    else:
-        masks = masks.to(places)
-        # A window that its mask hides all through has nothing to teach.
-        clips = (places * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3)).clamp_min(1e-6)
-    return (clips * weights.to(clips)).mean()
 
 
 def _on_cpu(value: Any) -> Any:
