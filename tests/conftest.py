@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+ROOT = Path(__file__).parent.parent
 HF_HOME = pytest.StashKey[str]()
 
 
@@ -57,3 +59,48 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "tiny"
     write_tiny_base(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """Brand clips and caches that all runs here share."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture
+def make_config(tiny_base, shared, tmp_path):
+    """A quick run of the pocket configuration on the tiny base; more overrides may follow."""
+
+    from train.config import Config
+    from wan_finetune.settings import load_settings
+
+    def make(*overrides: str) -> Config:
+        return load_settings(
+            Config,
+            ROOT / "configs" / "pocket.toml",
+            [
+                f"model.base='{tiny_base}'",
+                f"run.folder='{tmp_path}'",
+                f"data.cache='{shared / 'cache'}'",
+                f"data.sources=[{{path='{shared / 'ember'}', make='wan_finetune.pocket.brand:ember'}}]",
+                *[
+                    "high.steps=4",
+                    "low.steps=4",
+                    "train.round_steps=2",
+                    "train.batch_size=2",
+                    "optimizer.warmup_steps=1",
+                ],
+                *["sampling.steps=2", "sampling.prompts=['A red star moves up in a desert.']"],
+                *["evaluation.prompts=['A blue circle moves down in the night sky.']", *overrides],
+            ],
+        )
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def signals_are_given_back():
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)

@@ -97,7 +97,7 @@ def test_the_schedule_density_draws_the_samplers_own_levels_as_the_pipeline_shar
 
 def test_a_density_that_never_reaches_an_expert_is_refused():
     flow = FlowSettings(density="logit_normal", logit_mean=-1.5, logit_std=0.4, shift=1.0)
-    with pytest.raises(InputError, match="of all draws are between noise levels 0.875 and 1"):
+    with pytest.raises(InputError, match=r"of all draws are between noise levels 0\.875 and 1"):
         noise_levels(flow, HIGH.interval(0.875), SamplingSettings())
     assert noise_levels(flow, LOW.interval(0.875), SamplingSettings())(torch.tensor([0.5])) < 0.5
 

@@ -1,6 +1,7 @@
 """The trainer's promises: independent experts, addressed draws, exact resume, and nothing that moves them."""
 
 import copy
+import dataclasses
 import importlib
 import json
 import os
@@ -19,17 +20,17 @@ from accelerate import Accelerator
 from PIL import Image
 
 from data.sources import make_folder
+from tests.tiny_runs import close, same, train
 from train.checkpoint import found, load_checkpoint, save_checkpoint
 from train.config import Config
 from train.engine import make_accelerator
-from train.job import run, train_experts, training_fingerprint
+from train.job import run, training_fingerprint
 from train.objective import weighted_loss
 from train.optim import learning_rate
 from train.precompute import prepare_data
 from train.rounds import stretches
 from train.signals import Stopped, StopRequest
-from train.tracking import Metrics
-from train.trainer import ExpertState, ExpertTrainer
+from train.trainer import ExpertState, ExpertTrainer, StepRecord
 from wan_finetune.adapters import dead_modules
 from wan_finetune.encoders import TextEncoder, pad_text
 from wan_finetune.errors import InputError
@@ -38,74 +39,6 @@ from wan_finetune.pipeline import load_pipeline
 from wan_finetune.settings import load_settings
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory) -> Path:
-    """Brand clips and caches that all runs here share."""
-    return tmp_path_factory.mktemp("shared")
-
-
-@pytest.fixture
-def make_config(tiny_base, shared, tmp_path):
-    """A quick run of the pocket configuration on the tiny base; more overrides may follow."""
-
-    def make(*overrides: str) -> Config:
-        return load_settings(
-            Config,
-            ROOT / "configs" / "pocket.toml",
-            [
-                f"model.base='{tiny_base}'",
-                f"run.folder='{tmp_path}'",
-                f"data.cache='{shared / 'cache'}'",
-                f"data.sources=[{{path='{shared / 'ember'}', make='wan_finetune.pocket.brand:ember'}}]",
-                *[
-                    "high.steps=4",
-                    "low.steps=4",
-                    "train.round_steps=2",
-                    "train.batch_size=2",
-                    "optimizer.warmup_steps=1",
-                ],
-                *["sampling.steps=2", "sampling.prompts=['A red star moves up in a desert.']"],
-                *["evaluation.prompts=['A blue circle moves down in the night sky.']", *overrides],
-            ],
-        )
-
-    return make
-
-
-def train(config: Config) -> dict[str, ExpertState]:
-    accelerator = make_accelerator(config)
-    data = prepare_data(config, accelerator)
-    base = base_folder(config.model.base)
-    return train_experts(config, base, data, Metrics(config, accelerator), accelerator, StopRequest())
-
-
-def same(first: ExpertState, second: ExpertState) -> bool:
-    """Equal to the bit: step, weights and optimizer."""
-    tensors = [(first.weights[name], second.weights[name]) for name in first.weights]
-    for index, entry in first.optimizer["state"].items():
-        tensors += [(entry[key], second.optimizer["state"][index][key]) for key in entry]
-    return (
-        first.step == second.step
-        and first.weights.keys() == second.weights.keys()
-        and all(torch.equal(a, b) for a, b in tensors)
-    )
-
-
-def close(first: ExpertState, second: ExpertState) -> bool:
-    """Equal but for the order of additions. Adam's first steps take the sign of a gradient, so the few that are nought
-    may end apart; weights of another draw differ by the learning rate, 1e-3, on the average."""
-    differences = [(value - second.weights[name]).abs() for name, value in first.weights.items()]
-    return float(torch.cat([d.flatten() for d in differences]).mean()) < 1e-5
-
-
-@pytest.fixture(autouse=True)
-def signals_are_given_back():
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def test_rounds_sequence_and_one_at_a_time_give_the_same_bytes(make_config):
@@ -382,7 +315,7 @@ def test_two_processes_train_what_one_does(make_config, tiny_base, tmp_path):
     config = make_config("run.name='pair'", "train.batch_size=2", "high.steps=2", "train.experts=['high']")
     (tmp_path / "pair.json").write_text(config.model_dump_json())
     script = (
-        "import sys; from pathlib import Path; from train.config import Config; from tests.test_train import train;"
+        "import sys; from pathlib import Path; from train.config import Config; from tests.tiny_runs import train;"
         "train(Config.model_validate_json(Path(sys.argv[1]).read_text()))"
     )
     (tmp_path / "pair.py").write_text(script)
@@ -500,9 +433,12 @@ def test_a_tracker_hears_of_every_step_by_experts_name(make_config, monkeypatch,
     import wandb
 
     wandb.finish()
+    of_steps = [f.name for f in dataclasses.fields(StepRecord) if f.name != "expert"]
+    of_validations = ["held_out_loss", "held_out_loss_base", "step"]
     assert [sorted(values) for values in heard] == [
-        [f"{expert}/{key}" for key in ("gradient_norm", "learning_rate", "loss", "seconds", "step")]
-        for expert in ("high", "high", "low")
+        sorted(f"{expert}/{key}" for key in keys)
+        for expert, steps in (("high", 2), ("low", 1))
+        for keys in (of_validations, *[of_steps] * steps, of_validations)
     ]
     (stored,) = (config.run_folder / "tracker").rglob("*.wandb")
     # wandb's own process writes the file, on a busy machine a moment after `finish` has returned.

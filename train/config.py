@@ -74,6 +74,21 @@ class TrainSettings(Settings):
         return value
 
 
+class ValidationSettings(Settings):
+    """The loss on clips that training never sees, at fixed noise."""
+
+    every_steps: int = Field(250, ge=0)
+    """Steps of an expert between validations, besides those before its first and after its last; 0 for none at all."""
+    clips: int = Field(2, ge=1)
+    """Clips that are kept from training for it; a tenth of the set at the most."""
+    levels: int = Field(4, ge=1, le=64)
+    """Noise levels in the expert's interval, spread as those of its training are."""
+    patience: int = Field(0, ge=0)
+    """Validations without a new lowest loss after which an expert's training ends; 0 for never."""
+    export: Literal["last", "best"] = "last"
+    """Which of an expert's states becomes the adapter: the last, or the one with the lowest loss."""
+
+
 class EvaluationSettings(Settings):
     """How the look and the content are judged."""
 
@@ -109,6 +124,7 @@ class Config(Settings):
     single: ExpertSettings | None = None
     train: TrainSettings = TrainSettings()
     sampling: SamplingSettings
+    validation: ValidationSettings = ValidationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
 

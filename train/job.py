@@ -19,14 +19,18 @@ from wan_finetune.export import verify_adapter_folder, write_adapter_folder
 from wan_finetune.quiet import quiet_libraries
 
 from . import showcase
+from .best import keep_best, load_best
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import Config
 from .engine import make_accelerator
 from .precompute import prepare_data
+from .recommendation import Candidate, recommend
 from .rounds import Stretch, stretches
 from .signals import Stopped, StopRequest
-from .tracking import Metrics, progress_bar, say
+from .terminal import progress_bar, say
+from .tracking import Metrics
 from .trainer import ExpertState, ExpertTrainer
+from .validation import Validation
 
 States = dict[ExpertName, ExpertState]
 
@@ -51,9 +55,11 @@ def run(config: Config, stop: StopRequest) -> None:
         (folder / "config.toml").write_text(tomli_w.dumps(config.resolved()))
     metrics = Metrics(config, accelerator)
     states = train_experts(config, base, data, metrics, accelerator, stop)
+    validation = Validation(config.validation, folder, accelerator)
+    validation.begin({name: state.step for name, state in states.items()})
     if not accelerator.is_main_process:
         return
-    adapters = [make_adapter(config, name, state) for name, state in states.items()]
+    adapters = [make_adapter(config, name, choose_state(config, validation, name, s)) for name, s in states.items()]
     for path in write_adapter_folder(folder / "adapter", adapters):
         say(f"wrote {path}")
     verify_adapter_folder(config.model.base, folder / "adapter", adapters, config.model.revision)
@@ -72,7 +78,10 @@ def train_experts(
     if saved := load_checkpoint(folder, identity):
         states = {name: saved.get(name, fresh) for name, fresh in states.items()}
         say("going on from " + ", ".join(f"{name} step {state.step}" for name, state in states.items()))
-    metrics.forget_after({name: state.step for name, state in states.items()})
+    reached = {name: state.step for name, state in states.items()}
+    metrics.forget_after(reached)
+    validation = Validation(config.validation, config.run_folder, accelerator)
+    validation.begin(reached)
 
     def save() -> None:
         if accelerator.is_main_process:
@@ -81,11 +90,11 @@ def train_experts(
 
     for stretch in stretches(config.steps(), config.train.order, config.train.round_steps):
         state = states[stretch.expert]
-        if state.step >= stretch.stop:
+        if state.step >= stretch.stop or validation.has_stopped(stretch.expert):
             continue
         trainer = ExpertTrainer(config, stretch.expert, state, base, data, accelerator)
         with stop.deferred():
-            stopped = run_stretch(trainer, stretch, metrics, stop, save)
+            stopped = run_stretch(trainer, stretch, metrics, validation, stop, save)
             trainer.close()
             save()
             if stopped:
@@ -102,6 +111,7 @@ def run_stretch(
     trainer: ExpertTrainer,
     stretch: Stretch,
     metrics: Metrics,
+    validation: Validation,
     stop: StopRequest,
     save: Callable[[], None],
 ) -> int:
@@ -109,17 +119,48 @@ def run_stretch(
     config, state = trainer.config, trainer.state
     label = f"{stretch.expert}-noise expert, steps {state.step + 1}-{stretch.stop}"
     with progress_bar(label, stretch.stop - stretch.start) as bar:
-        while state.step < stretch.stop:
+        validate(trainer, metrics, validation)
+        while state.step < stretch.stop and not validation.has_stopped(stretch.expert):
             record = trainer.take_step()
             metrics.add(record)
             bar.update(state.step - stretch.start, f"loss {record.loss:.4f}  {record.seconds:.2f} s/step")
             if stopped := stop.check(trainer.accelerator):
                 return stopped
-            # Once in a while: a checkpoint.
+            # Once in a while: the held-out loss, and a checkpoint.
+            validate(trainer, metrics, validation)
             if state.step % config.train.checkpoint_every_steps == 0 and state.step < stretch.stop:
                 trainer.save_state()
                 save()
     return 0
+
+
+def validate(trainer: ExpertTrainer, metrics: Metrics, validation: Validation) -> None:
+    """Measure an expert's held-out loss if it is due, and keep the weights where it is the lowest so far."""
+    config, expert = trainer.config, trainer.expert
+    if not validation.is_due(expert, trainer.state.step, trainer.settings.steps):
+        return
+    found = validation.measure(trainer)
+    if found is None:
+        return
+    metrics.track(expert, found.step, {"held_out_loss": found.loss, "held_out_loss_base": found.base_loss})
+    if found.step and found.loss == min(each.loss for each in validation.of(expert) if each.step):
+        trainer.save_state()
+        if trainer.accelerator.is_main_process:
+            keep_best(config.run_folder / "checkpoints", expert, found.step, trainer.state.weights)
+
+
+def choose_state(config: Config, validation: Validation, name: ExpertName, state: ExpertState) -> ExpertState:
+    """The state that becomes the adapter; what speaks for which is said aloud."""
+    history = [each for each in validation.of(name) if each.step > 0]
+    if not history:
+        return state
+    candidates = [Candidate(step=each.step, held_out_loss=each.loss) for each in history]
+    best = recommend(candidates, history[0].base_loss)
+    say(f"{EXPERTS[name].title}: step {best.step} of {state.step} is recommended: {best.reason}")
+    if config.validation.export == "last" or best.step == state.step:
+        return state
+    weights = load_best(config.run_folder / "checkpoints", name, best.step)
+    return ExpertState(step=best.step, weights=weights)
 
 
 def is_midway(config: Config, states: Mapping[ExpertName, ExpertState]) -> bool:

@@ -20,7 +20,8 @@ from wan_finetune.pipeline import add_adapters, load_pipeline
 from wan_finetune.sampling import Request, sample, write_clips
 
 from .config import Config
-from .tracking import Metrics, progress_bar, say
+from .terminal import progress_bar, say
+from .tracking import Metrics
 
 MOST_REFERENCES = 64
 """Brand clips that samples are compared with."""

@@ -1,27 +1,34 @@
 """Training one expert: load its base, inject LoRA, take steps. The loop is the algorithm; everything else is called."""
 
 import math
+import resource
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import release_memory
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from data.batches import Batch, Chosen, ExpertBatches, TrainingData
 from data.buckets import Bucket
 from data.prefetching import Prefetcher
 from wan_finetune.adapters import inject_lora, lora_weights, set_lora_weights
+from wan_finetune.addressing import seed_at
 from wan_finetune.encoders import latent_statistics, pad_text
+from wan_finetune.errors import InputError
 from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio, load_expert
 
 from .config import Config
 from .objective import draw, flow_matching_error, level_weights, noise_levels, weighted_loss
 from .optim import learning_rate, make_optimizer
+from .terminal import say
 
 
 @dataclass(kw_only=True)
@@ -44,6 +51,22 @@ class StepRecord:
     gradient_norm: float
     learning_rate: float
     seconds: float
+    tokens_per_second: float
+    stall_seconds: float
+    """Of these seconds, how long the step waited for its data."""
+    memory_gib: float
+    """The most that has been in use so far: of the GPU, or of this process on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPart:
+    """What goes through the model at once."""
+
+    batch: Batch
+    positions: range
+    """Places of its clips in the global batch."""
+    share: float
+    """Of this process's clips in the step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +98,8 @@ class ExpertTrainer:
         sizes = {str(bucket): self.global_batch_size(bucket) for bucket in buckets}
         self.batches = ExpertBatches(data, expert, config.run.seed, sizes)
         self.prefetcher = Prefetcher(self.load_step)
+        self.splits: defaultdict[str, int] = defaultdict(lambda: 1)
+        """Parts in which a bucket's micro-batches are worked through, to fit into memory."""
         interval = EXPERTS[expert].interval(boundary_ratio(base))
         self.levels = noise_levels(self.settings.flow, interval, config.sampling)
         self.latents_mean, self.latents_std = latent_statistics(base)
@@ -98,20 +123,16 @@ class ExpertTrainer:
 
         Raises:
             FloatingPointError: when the loss or the gradient is not finite; nothing has been updated then.
+            InputError: when the device's memory is too small and the batch cannot be split further.
         """
         began = time.monotonic()
-        step, accumulation = self.state.step, self.config.train.gradient_accumulation
+        step = self.state.step
         rate = learning_rate(step, self.settings.learning_rate, self.settings.steps, self.settings.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = torch.zeros((), device=self.accelerator.device)
         work = self.prefetcher.take(step)
-        for index in range(accumulation):
-            last = index == accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                part = self.micro_batch_loss(work, step, index) / accumulation
-                self.accelerator.backward(part)
-            loss += part.detach()
+        loaded = time.monotonic()
+        loss = self.accumulate_gradient(work, step)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.optimizer.gradient_clip)
         loss_value, norm_value = self.accelerator.reduce(torch.stack([loss, norm.to(loss)]), "mean").tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
@@ -123,14 +144,73 @@ class ExpertTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
+        seconds = time.monotonic() - began
         return StepRecord(
             expert=self.expert,
             step=self.state.step,
             loss=loss_value,
             gradient_norm=norm_value,
             learning_rate=rate,
-            seconds=time.monotonic() - began,
+            seconds=seconds,
+            tokens_per_second=len(work.places) * work.places[0].sample.bucket.tokens / seconds,
+            stall_seconds=loaded - began,
+            memory_gib=memory_gib(self.accelerator.device),
         )
+
+    def accumulate_gradient(self, work: StepWork, step: int) -> Tensor:
+        """The gradient of the step's mean loss, which is returned; batches are split until they fit into memory."""
+        bucket = str(work.places[0].sample.bucket)
+        while True:
+            try:
+                return self.backward(work, step, self.splits[bucket])
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                self.require_room(len(work.micro_batches[0].names), bucket, error)
+            # Outside of the except clause, whose traceback holds the tensors of the attempt.
+            self.optimizer.zero_grad(set_to_none=True)
+            release_memory()
+            self.splits[bucket] *= 2
+            say(f"out of memory in {bucket}: each micro-batch goes through in {self.splits[bucket]} parts from now on")
+
+    def backward(self, work: StepWork, step: int, splits: int) -> Tensor:
+        """One pass over the micro-batches, each in `splits` parts; the mean loss, on the device."""
+        total = torch.zeros((), device=self.accelerator.device)
+        parts = [part for index in range(len(work.micro_batches)) for part in self.parts_of(work, index, splits)]
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.loss_of(part, step, len(work.places)) * part.share
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def parts_of(self, work: StepWork, index: int, splits: int) -> list[BatchPart]:
+        """A micro-batch, cut into at most `splits` parts."""
+        batch, positions = work.micro_batches[index], self.positions(len(work.places), index)
+        size = -(-len(positions) // splits)
+        return [
+            BatchPart(
+                batch=batch.part(start, start + size),
+                positions=positions[start : start + size],
+                share=len(positions[start : start + size]) / (len(positions) * len(work.micro_batches)),
+            )
+            for start in range(0, len(positions), size)
+        ]
+
+    def require_room(self, clips: int, bucket: str, error: RuntimeError) -> None:
+        """Whether a batch can be split further.
+
+        Raises:
+            InputError: it cannot; what else would help.
+        """
+        if self.splits[bucket] < clips and self.accelerator.num_processes == 1:
+            return
+        why = "one clip at a time is still too much" if self.splits[bucket] >= clips else "processes must agree on it"
+        raise InputError(
+            f"out of memory in {bucket}, {self.expert} expert; splitting the batch is no way out: {why}. "
+            'Smaller buckets (data.buckets) or memory.checkpointing = "full" need less'
+        ) from error
 
     def load_step(self, step: int) -> StepWork:
         """What a step trains on: this process's micro-batches of its global batch."""
@@ -141,22 +221,34 @@ class ExpertTrainer:
         ]
         return StepWork(places=places, micro_batches=micro_batches)
 
-    def micro_batch_loss(self, work: StepWork, step: int, index: int) -> Tensor:
-        """The loss of this process's share of micro-batch `index`."""
-        batch, global_batch = work.micro_batches[index], len(work.places)
+    def loss_of(self, part: BatchPart, step: int, global_batch: int) -> Tensor:
+        """The mean loss over a part's clips."""
+        batch = part.batch
         latents = (batch.latents - self.latents_mean) / self.latents_std
         draws = draw(
             seed=self.config.run.seed,
             expert=self.expert,
             step=step,
-            positions=self.positions(global_batch, index),
+            positions=part.positions,
             global_batch=global_batch,
             levels=self.levels,
             shape=latents.shape[1:],
         )
+        # LoRA's dropout draws from torch's own generator, and within a checkpointed block again from the same state.
+        torch.manual_seed(seed_at(self.config.run.seed, self.expert, "dropout", step, part.positions.start))
         flow, device = self.settings.flow, self.accelerator.device
         errors = flow_matching_error(self.model, latents, pad_text(batch.text), draws, flow, device)
         return weighted_loss(errors, batch.masks, batch.weights * level_weights(draws.sigma, flow))
+
+    @contextmanager
+    def lora_off(self) -> Iterator[None]:
+        """The base alone."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.disable_lora()
+        try:
+            yield
+        finally:
+            model.enable_lora()
 
     def positions(self, global_batch: int, index: int) -> range:
         """Positions in the global batch of this process's share of micro-batch `index`."""
@@ -185,6 +277,13 @@ class ExpertTrainer:
         self.model = self.optimizer = None
         self.parameters = []
         self.accelerator.free_memory()
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory that was in use so far, of a GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _on_cpu(value: Any) -> Any:
