@@ -93,6 +93,8 @@ def train_experts(
         if state.step >= stretch.stop or validation.has_stopped(stretch.expert):
             continue
         trainer = ExpertTrainer(config, stretch.expert, state, base, data, accelerator)
+        if accelerator.device.type == "cuda" and state.step == 0:
+            trainer.rehearse()
         with stop.deferred():
             stopped = run_stretch(trainer, stretch, metrics, validation, stop, save)
             trainer.close()

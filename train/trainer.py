@@ -157,6 +157,19 @@ class ExpertTrainer:
             memory_gib=memory_gib(self.accelerator.device),
         )
 
+    def rehearse(self) -> None:
+        """The largest batch once, forward and backward, so that memory runs out before the first step or not at all.
+
+        Gradients are dropped; what the optimizer will hold is held meanwhile.
+        """
+        states = [torch.empty_like(parameter) for parameter in self.parameters for _ in range(2)]
+        sizes = self.batches.schedule.batch_size
+        largest = max(self.batches.schedule.names, key=lambda name: sizes[name] * Bucket.parse(name).tokens)
+        step = self.batches.schedule.first_step_of(largest)
+        self.accumulate_gradient(self.load_step(step), step)
+        self.optimizer.zero_grad(set_to_none=True)
+        del states
+
     def accumulate_gradient(self, work: StepWork, step: int) -> Tensor:
         """The gradient of the step's mean loss, which is returned; batches are split until they fit into memory."""
         bucket = str(work.places[0].sample.bucket)
