@@ -61,6 +61,10 @@ class TrainSettings(Settings):
     """Micro-batches in an optimizer step."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Precision of the forward pass."""
+    previews: Literal["none", "midway", "rounds"] = "midway"
+    """Samples on the way: none, once half of all steps are done, or after every round."""
+    preview_share: float = Field(0.1, gt=0, le=1)
+    """Most of the time so far that previews after rounds may take; a round that would go beyond it has none."""
     checkpoint_every_steps: int = Field(250, ge=1)
     """Steps between checkpoints; one is also written at the end of every round."""
     keep_checkpoints: int = Field(2, ge=2)

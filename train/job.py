@@ -3,7 +3,7 @@
 import hashlib
 import json
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import tomli_w
@@ -23,7 +23,9 @@ from .best import keep_best, load_best
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import Config
 from .engine import make_accelerator
+from .panel import Figures
 from .precompute import prepare_data
+from .previews import Previews
 from .recommendation import Candidate, recommend
 from .rounds import Stretch, stretches
 from .signals import Stopped, StopRequest
@@ -82,6 +84,7 @@ def train_experts(
     metrics.forget_after(reached)
     validation = Validation(config.validation, config.run_folder, accelerator)
     validation.begin(reached)
+    figures, previews = Figures(config.steps(), reached), Previews(config, metrics.show_clips)
 
     def save() -> None:
         if accelerator.is_main_process:
@@ -96,15 +99,14 @@ def train_experts(
         if accelerator.device.type == "cuda" and state.step == 0:
             trainer.rehearse()
         with stop.deferred():
-            stopped = run_stretch(trainer, stretch, metrics, validation, stop, save)
+            stopped = run_stretch(trainer, stretch, metrics, figures, validation, stop, save)
             trainer.close()
             save()
             if stopped:
                 say(f"stopping after {stretch.expert} step {state.step}, which is saved")
                 raise Stopped(signal.Signals(stopped).name)
-        if is_midway(config, states) and accelerator.is_main_process:
-            adapters = [make_adapter(config, name, s) for name, s in states.items() if s.weights]
-            showcase.preview_midway(config, adapters)
+        if accelerator.is_main_process and (target := previews.folder(stretch, states)):
+            previews.make(target, [make_adapter(config, name, s) for name, s in states.items() if s.weights])
         accelerator.wait_for_everyone()
     return states
 
@@ -113,19 +115,24 @@ def run_stretch(
     trainer: ExpertTrainer,
     stretch: Stretch,
     metrics: Metrics,
+    figures: Figures,
     validation: Validation,
     stop: StopRequest,
     save: Callable[[], None],
 ) -> int:
     """Steps of one expert up to the stretch's end, or to a signal, which is returned; 0 where none came."""
     config, state = trainer.config, trainer.state
-    label = f"{stretch.expert}-noise expert, steps {state.step + 1}-{stretch.stop}"
+    label = f"{stretch.expert} expert, steps {state.step + 1}-{stretch.stop}"
+    figures.begin()
     with progress_bar(label, stretch.stop - stretch.start) as bar:
         validate(trainer, metrics, validation)
         while state.step < stretch.stop and not validation.has_stopped(stretch.expert):
             record = trainer.take_step()
             metrics.add(record)
-            bar.update(state.step - stretch.start, f"loss {record.loss:.4f}  {record.seconds:.2f} s/step")
+            figures.add(record)
+            bar.update(
+                state.step - stretch.start, figures.note(), figures.details(record, validation.latest(stretch.expert))
+            )
             if stopped := stop.check(trainer.accelerator):
                 return stopped
             # Once in a while: the held-out loss, and a checkpoint.
@@ -144,7 +151,9 @@ def validate(trainer: ExpertTrainer, metrics: Metrics, validation: Validation) -
     found = validation.measure(trainer)
     if found is None:
         return
-    metrics.track(expert, found.step, {"held_out_loss": found.loss, "held_out_loss_base": found.base_loss})
+    values = {"held_out_loss": found.loss, "held_out_loss_base": found.base_loss, "effect_size": found.effect}
+    values |= {f"held_out_loss_at_{level.sigma:.2f}": level.loss for level in found.levels}
+    metrics.track(expert, found.step, {name: value for name, value in values.items() if value is not None})
     if found.step and found.loss == min(each.loss for each in validation.of(expert) if each.step):
         trainer.save_state()
         if trainer.accelerator.is_main_process:
@@ -163,12 +172,6 @@ def choose_state(config: Config, validation: Validation, name: ExpertName, state
         return state
     weights = load_best(config.run_folder / "checkpoints", name, best.step)
     return ExpertState(step=best.step, weights=weights)
-
-
-def is_midway(config: Config, states: Mapping[ExpertName, ExpertState]) -> bool:
-    """Whether half of all steps are done and the midway preview is not there yet."""
-    done, total = sum(state.step for state in states.values()), sum(config.steps().values())
-    return total / 2 <= done < total and not showcase.midway_folder(config).is_dir()
 
 
 def make_adapter(config: Config, name: ExpertName, state: ExpertState) -> Adapter:

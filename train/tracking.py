@@ -1,8 +1,9 @@
 """The figures of a run: metrics.jsonl always, and a tracker if one is asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -22,8 +23,7 @@ class Metrics:
         self.tracked = config.tracking.tracker != "none"
         if self.tracked:
             log_folder(config).mkdir(parents=True, exist_ok=True)
-            arguments = {"wandb": {"name": config.run.name, "dir": str(log_folder(config))}}
-            accelerator.init_trackers(config.tracking.project, init_kwargs=arguments)
+            accelerator.init_trackers(config.tracking.project, init_kwargs=tracker_arguments(config))
 
     def forget_after(self, steps: Mapping[ExpertName, int]) -> None:
         """Drop lines of steps beyond these: a resumed run writes them again."""
@@ -43,10 +43,30 @@ class Metrics:
                 {**{f"{expert}/{key}": value for key, value in values.items()}, f"{expert}/step": step}
             )
 
+    def show_clips(self, files: Sequence[Path]) -> None:
+        """Give clips to wandb, which plays them; as files, because arrays would bring other packages in."""
+        for tracker in self.accelerator.trackers if self.tracked else ():
+            if tracker.name == "wandb":
+                import wandb
+
+                tracker.log({f"samples/{file.stem}": wandb.Video(str(file), format="mp4") for file in files})
+
     def curve(self, expert: ExpertName) -> tuple[list[int], list[float]]:
         """Steps and losses of one expert."""
         mine = [line for line in self.file.lines() if line["expert"] == expert]
         return [line["step"] for line in mine], [line["loss"] for line in mine]
+
+
+def tracker_arguments(config: Config) -> dict[str, dict[str, Any]]:
+    """What each tracker is started with; wandb would send the program's path, its arguments and the machine's name."""
+    if config.tracking.tracker != "wandb":
+        return {}
+    import wandb
+
+    silent = wandb.Settings(
+        disable_git=True, disable_code=True, x_disable_meta=True, x_disable_machine_info=True, console="off"
+    )
+    return {"wandb": {"name": config.run.name, "dir": str(log_folder(config)), "settings": silent}}
 
 
 def log_folder(config: Config) -> Path:

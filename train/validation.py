@@ -16,6 +16,7 @@ from wan_finetune.encoders import pad_text
 from wan_finetune.experts import ExpertName
 
 from .config import ValidationSettings
+from .effect import effect_size
 from .expert_settings import FlowSettings
 from .objective import Draws, flow_matching_error, weighted_loss
 from .records import JsonLines
@@ -41,6 +42,8 @@ class HeldOutLoss:
     loss: float
     base_loss: float
     levels: tuple[LevelLoss, ...]
+    effect: float | None
+    """`effect_size` of the LoRA at that step."""
 
 
 class Validation:
@@ -66,6 +69,9 @@ class Validation:
     def of(self, expert: ExpertName) -> list[HeldOutLoss]:
         """One expert's validations, in order."""
         return [each for each in self.done if each.expert == expert]
+
+    def latest(self, expert: ExpertName) -> HeldOutLoss | None:
+        return next(reversed(self.of(expert)), None)
 
     def is_due(self, expert: ExpertName, step: int, last_step: int) -> bool:
         """Whether to validate after `step` steps: before the first, every so often, and after the last."""
@@ -96,6 +102,7 @@ class Validation:
             loss=sum(losses) / len(losses),
             base_loss=sum(base) / len(base),
             levels=levels,
+            effect=effect_size(self.accelerator.unwrap_model(trainer.model)),
         )
         self.done.append(found)
         if self.accelerator.is_main_process:
