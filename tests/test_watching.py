@@ -128,5 +128,6 @@ def test_a_tracker_gets_the_figures_and_no_path_or_machine(make_config, monkeypa
         time.sleep(0.1)
     for secret in (str(config.run.folder), "f" * 40, str(train.terminal.__file__), "pytest"):
         assert secret.encode() not in content, secret
-    # tensorboard puts the machine's name into the file's own, which stays here.
-    assert tracker == "tensorboard" or socket.gethostname().encode() not in content
+    # tensorboard puts the machine's name into the file's own, which stays here; a short one is in any file by chance.
+    machine = socket.gethostname().encode()
+    assert tracker == "tensorboard" or len(machine) < 6 or machine not in content
