@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 
 from data.batches import TrainingData
 from wan_finetune import __version__
-from wan_finetune.adapters import Adapter
+from wan_finetune.adapters import Adapter, as_adapter
 from wan_finetune.evaluation.compare import load_judge
 from wan_finetune.experts import EXPERTS, ExpertName, base_folder
 from wan_finetune.export import verify_adapter_folder, write_adapter_folder
@@ -130,13 +130,11 @@ def is_midway(config: Config, states: Mapping[ExpertName, ExpertState]) -> bool:
 
 def make_adapter(config: Config, name: ExpertName, state: ExpertState) -> Adapter:
     """An expert's state as an adapter that says what it is; no paths, no names of people or machines."""
-    lora = config.expert(name).lora
-    return Adapter(
-        expert=name,
-        rank=lora.rank,
-        alpha=lora.scale_alpha,
-        targets=lora.targets,
-        weights=state.weights,
+    return as_adapter(
+        name,
+        config.expert(name).lora,
+        state.average or state.weights,
+        state.taken,
         about={
             "base": config.model.public_name,
             "trigger": config.data.trigger,
