@@ -15,7 +15,7 @@ from torch import Tensor
 from data.batches import Batch, Chosen, ExpertBatches, TrainingData
 from data.buckets import Bucket
 from data.prefetching import Prefetcher
-from wan_finetune.adapters import inject_lora, lora_weights, set_lora_weights, unmoved_modules
+from wan_finetune.adapters import inject_lora, lora_b, lora_weights, set_lora_weights
 from wan_finetune.encoders import latent_statistics, pad_text
 from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio, load_expert
 from wan_finetune.flow import add_noise, timestep, velocity
@@ -96,7 +96,7 @@ class ExpertTrainer:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         require_whole_weights(self.settings.optimizer, accelerator.distributed_type.value)
-        self.start = {} if state.weights else lora_weights(model)
+        self.start = {} if state.weights else lora_b(lora_weights(model))
         optimizer = make_optimizer(named, self.settings.optimizer, self.settings.learning_rate)
         if state.optimizer:
             load_optimizer_state(optimizer, state.optimizer)
@@ -202,9 +202,10 @@ class ExpertTrainer:
         self.model = self.optimizer = self.average = None
         self.parameters = []
         self.accelerator.free_memory()
-        if self.state.step and (unmoved := unmoved_modules(self.start, self.state.weights)):
+        unmoved = [name for name, value in self.start.items() if torch.equal(value, self.state.weights[name])]
+        if self.state.step and unmoved:
             raise RuntimeError(
-                f"{self.expert} expert: {len(unmoved)} of {len(self.start) // 2} LoRA modules have not moved by "
+                f"{self.expert} expert: {len(unmoved)} of {len(self.start)} LoRA modules have not moved by "
                 f"step {self.state.step}, {unmoved[0]} the first; no gradient reaches them"
             )
 

@@ -210,13 +210,20 @@ def lora_weights(model: "WanTransformer3DModel") -> dict[str, Tensor]:
 
 
 def set_lora_weights(model: "WanTransformer3DModel", weights: Mapping[str, Tensor]) -> None:
-    """Put weights back that `lora_weights` took out; every key must find its place."""
+    """Put weights back that `lora_weights` took out; every key must find its place.
+
+    Raises:
+        InputError: when a key or a size is not the model's.
+    """
     from peft import set_peft_model_state_dict
 
     expected = lora_weights(model)
     if expected.keys() != weights.keys():
         odd = sorted(expected.keys() ^ weights.keys())
         raise InputError(f"the adapter's keys are not the model's: {len(odd)} differ, {odd[0]} the first")
+    if odd := [name for name, value in weights.items() if value.shape != expected[name].shape]:
+        given, wanted = tuple(weights[odd[0]].shape), tuple(expected[odd[0]].shape)
+        raise InputError(f"the adapter is of another size of base: {odd[0]} is {given}, the model has {wanted}")
     set_peft_model_state_dict(model, dict(weights), adapter_name="default")
 
 
@@ -225,9 +232,9 @@ def dead_modules(weights: Mapping[str, Tensor]) -> list[str]:
     return [name for name, value in weights.items() if ".lora_B." in name and not value.any()]
 
 
-def unmoved_modules(start: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    """Weights lora_B that training left where they were at its start, whatever that was."""
-    return [name for name, value in start.items() if ".lora_B." in name and torch.equal(value, weights[name])]
+def lora_b(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights whose movement shows that training reaches a module: lora_A has no gradient while lora_B is zero."""
+    return {name: value for name, value in weights.items() if ".lora_B." in name}
 
 
 def update_norms(adapter: Adapter) -> dict[str, float]:
