@@ -172,3 +172,22 @@ def test_the_recommendation_follows_the_figures_it_names(candidates, step, reaso
     found = recommend(candidates, base_loss=0.6)
     assert found.step == step
     assert re.search(reason, found.reason)
+
+
+def test_averaged_weights_are_validated_where_they_are_exported_and_training_goes_on_unmoved(make_config):
+    settings = ["high.steps=4", "train.experts=['high']", "optimizer.ema_decay=0.9"]
+    config = make_config(*settings, "run.name='watched'", "validation.every_steps=1")
+    watched = train(config)
+    plain = train(make_config(*settings, "run.name='plain'", "validation.every_steps=4"))
+    assert same(watched["high"], plain["high"])
+    accelerator, data = prepared(config)
+    exported = ExpertState(weights=watched["high"].average, taken=watched["high"].taken)
+    trainer = ExpertTrainer(
+        make_config("optimizer.ema_decay=0"), "high", exported, base_folder(config.model.base), data, accelerator
+    )
+    again = Validation(config.validation, config.run_folder / "again", accelerator)
+    again.file.path.parent.mkdir()
+    found = again.measure(trainer)
+    trainer.close()
+    assert found is not None and found.loss == lines(config)[-1]["loss"]
+    assert watched["high"].average.keys() == watched["high"].weights.keys()

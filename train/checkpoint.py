@@ -24,6 +24,8 @@ from wan_finetune.experts import EXPERTS, ExpertName
 from .trainer import ExpertState
 
 MANIFEST = "manifest.json"
+EXTRAS = ("average", "taken")
+"""Tensors of a state that few configurations have."""
 NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -41,6 +43,9 @@ def save_checkpoint(folder: Path, states: Mapping[ExpertName, ExpertState], fing
         for name, state in started.items():
             (partial / name).mkdir(parents=True)
             save_file(state.weights, partial / name / "adapter.safetensors")
+            for extra in EXTRAS:
+                if tensors := getattr(state, extra):
+                    save_file(tensors, partial / name / f"{extra}.safetensors")
             tensors, plain = flatten_optimizer(state.optimizer)
             save_file(tensors, partial / name / "optimizer.safetensors")
             (partial / name / "state.json").write_text(json.dumps({"step": state.step, "optimizer": plain}))
@@ -95,10 +100,12 @@ def load_state(folder: Path) -> ExpertState:
     """One expert's state."""
     plain = json.loads((folder / "state.json").read_text())
     tensors = load_file(folder / "optimizer.safetensors")
+    extras = {name: load_file(path) for name in EXTRAS if (path := folder / f"{name}.safetensors").is_file()}
     return ExpertState(
         step=plain["step"],
         weights=load_file(folder / "adapter.safetensors"),
         optimizer=unflatten_optimizer(tensors, plain["optimizer"]),
+        **extras,
     )
 
 

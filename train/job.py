@@ -4,6 +4,7 @@ import hashlib
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import tomli_w
@@ -12,7 +13,7 @@ from accelerate.utils import set_seed
 
 from data.batches import TrainingData
 from wan_finetune import __version__
-from wan_finetune.adapters import Adapter
+from wan_finetune.adapters import Adapter, as_adapter
 from wan_finetune.evaluation.compare import load_judge
 from wan_finetune.experts import EXPERTS, ExpertName, base_folder
 from wan_finetune.export import verify_adapter_folder, write_adapter_folder
@@ -157,7 +158,9 @@ def validate(trainer: ExpertTrainer, metrics: Metrics, validation: Validation) -
     if found.step and found.loss == min(each.loss for each in validation.of(expert) if each.step):
         trainer.save_state()
         if trainer.accelerator.is_main_process:
-            keep_best(config.run_folder / "checkpoints", expert, found.step, trainer.state.weights)
+            keep_best(
+                config.run_folder / "checkpoints", expert, found.step, trainer.state.average or trainer.state.weights
+            )
 
 
 def choose_state(config: Config, validation: Validation, name: ExpertName, state: ExpertState) -> ExpertState:
@@ -171,18 +174,16 @@ def choose_state(config: Config, validation: Validation, name: ExpertName, state
     if config.validation.export == "last" or best.step == state.step:
         return state
     weights = load_best(config.run_folder / "checkpoints", name, best.step)
-    return ExpertState(step=best.step, weights=weights)
+    return replace(state, step=best.step, weights=weights, average={})
 
 
 def make_adapter(config: Config, name: ExpertName, state: ExpertState) -> Adapter:
     """An expert's state as an adapter that says what it is; no paths, no names of people or machines."""
-    lora = config.expert(name).lora
-    return Adapter(
-        expert=name,
-        rank=lora.rank,
-        alpha=lora.scale_alpha,
-        targets=lora.targets,
-        weights=state.weights,
+    return as_adapter(
+        name,
+        config.expert(name).lora,
+        state.average or state.weights,
+        state.taken,
         about={
             "base": config.model.public_name,
             "trigger": config.data.trigger,

@@ -4,7 +4,7 @@ import math
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +19,16 @@ from torch import Tensor
 from data.batches import Batch, Chosen, ExpertBatches, TrainingData
 from data.buckets import Bucket
 from data.prefetching import Prefetcher
-from wan_finetune.adapters import inject_lora, lora_weights, set_lora_weights
+from wan_finetune.adapters import inject_lora, lora_b, lora_weights, set_lora_weights
 from wan_finetune.addressing import seed_at
 from wan_finetune.encoders import latent_statistics, pad_text
 from wan_finetune.errors import InputError
 from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio, load_expert
 
+from .averaging import averaged_weights, make_average, require_whole_weights
 from .config import Config
 from .objective import draw, flow_matching_error, level_weights, noise_levels, weighted_loss
-from .optim import learning_rate, make_optimizer
+from .optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from .terminal import say
 
 
@@ -38,6 +39,10 @@ class ExpertState:
     step: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """Weights to export instead: a moving or a schedule-free average."""
+    taken: dict[str, Tensor] = field(default_factory=dict)
+    """The LoRA's start where it was taken out of the base."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,16 +111,22 @@ class ExpertTrainer:
         model = load_expert(base, EXPERTS[expert], getattr(torch, config.model.dtype))
         if config.model.attention != "native":
             model.set_attention_backend(config.model.attention)
-        inject_lora(model, self.settings.lora, expert, config.run.seed)
+        taken = state.taken if state.weights else None
+        state.taken = inject_lora(model, self.settings.lora, expert, config.run.seed, taken)
         if config.memory.checkpointing == "full":
             model.enable_gradient_checkpointing()
         if state.weights:
             set_lora_weights(model, state.weights)
         model.to(accelerator.device).train()
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = make_optimizer(self.parameters, self.settings.optimizer)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in named]
+        require_whole_weights(self.settings.optimizer, accelerator.distributed_type.value)
+        self.start = {} if state.weights else lora_b(lora_weights(model))
+        optimizer = make_optimizer(named, self.settings.optimizer, self.settings.learning_rate)
         if state.optimizer:
-            optimizer.load_state_dict(state.optimizer)
+            load_optimizer_state(optimizer, state.optimizer)
+        decay = self.settings.optimizer.ema_decay
+        self.average = make_average(model, self.parameters, decay, state.step, state.average)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def take_step(self) -> StepRecord:
@@ -128,8 +139,7 @@ class ExpertTrainer:
         began = time.monotonic()
         step = self.state.step
         rate = learning_rate(step, self.settings.learning_rate, self.settings.steps, self.settings.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         work = self.prefetcher.take(step)
         loaded = time.monotonic()
         loss = self.accumulate_gradient(work, step)
@@ -142,6 +152,8 @@ class ExpertTrainer:
                 f"learning rate ({self.expert}.learning_rate) or leaving out a damaged clip helps"
             )
         self.optimizer.step()
+        if self.average is not None:
+            self.average.step(self.parameters)
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         seconds = time.monotonic() - began
@@ -254,6 +266,21 @@ class ExpertTrainer:
         return weighted_loss(errors, batch.masks, batch.weights * level_weights(draws.sigma, flow))
 
     @contextmanager
+    def exported_weights(self) -> Iterator[None]:
+        """The weights that the adapter would have now: averaged ones where there are such."""
+        model = self.accelerator.unwrap_model(self.model)
+        averaged = averaged_weights(model, self.parameters, self.optimizer, self.average)
+        if not averaged:
+            yield
+            return
+        weights = lora_weights(model)
+        set_lora_weights(model, averaged)
+        try:
+            yield
+        finally:
+            set_lora_weights(model, weights)
+
+    @contextmanager
     def lora_off(self) -> Iterator[None]:
         """The base alone."""
         model = self.accelerator.unwrap_model(self.model)
@@ -279,17 +306,28 @@ class ExpertTrainer:
 
     def save_state(self) -> None:
         """Bring `state` up to date: weights and optimizer, copied to the CPU."""
-        self.state.weights = lora_weights(self.accelerator.unwrap_model(self.model))
-        self.state.optimizer = self.optimizer.state_dict()
+        model = self.accelerator.unwrap_model(self.model)
+        self.state.weights = lora_weights(model)
+        self.state.average = averaged_weights(model, self.parameters, self.optimizer, self.average)
+        self.state.optimizer = optimizer_state(self.optimizer)
 
     def close(self) -> None:
-        """Give the device's memory back; the state stays."""
+        """Give the device's memory back; the state stays.
+
+        Raises:
+            RuntimeError: when the steps since the start left a LoRA where it began, so that nothing ever reached it.
+        """
         self.prefetcher.close()
         self.save_state()
-        self.state.optimizer = _on_cpu(self.state.optimizer)
-        self.model = self.optimizer = None
+        self.model = self.optimizer = self.average = None
         self.parameters = []
         self.accelerator.free_memory()
+        unmoved = [name for name, value in self.start.items() if torch.equal(value, self.state.weights[name])]
+        if self.state.step and unmoved:
+            raise RuntimeError(
+                f"{self.expert} expert: {len(unmoved)} of {len(self.start)} LoRA modules have not moved by "
+                f"step {self.state.step}, {unmoved[0]} the first; no gradient reaches them"
+            )
 
 
 def memory_gib(device: torch.device) -> float:
@@ -297,13 +335,3 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_on_cpu(item) for item in value]
-    return value

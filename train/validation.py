@@ -91,7 +91,9 @@ class Validation:
         if base is None:
             with trainer.lora_off():
                 base = level_losses(trainer, clips, sigmas).tolist()
-        losses = level_losses(trainer, clips, sigmas).tolist()
+        with trainer.exported_weights():
+            losses = level_losses(trainer, clips, sigmas).tolist()
+            effect = effect_size(self.accelerator.unwrap_model(trainer.model))
         levels = tuple(
             LevelLoss(sigma=sigma, loss=loss, base_loss=off)
             for sigma, loss, off in zip(sigmas.tolist(), losses, base, strict=True)
@@ -102,7 +104,7 @@ class Validation:
             loss=sum(losses) / len(losses),
             base_loss=sum(base) / len(base),
             levels=levels,
-            effect=effect_size(self.accelerator.unwrap_model(trainer.model)),
+            effect=effect,
         )
         self.done.append(found)
         if self.accelerator.is_main_process:
