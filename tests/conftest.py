@@ -1,12 +1,18 @@
 """What every test stands on: no network, no user's settings, one thread."""
 
+import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from train.config import Config
 
 HF_HOME = pytest.StashKey[str]()
 
@@ -57,3 +63,17 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "tiny"
     write_tiny_base(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Brand clips and caches that all trainings share."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture
+def make_config(tiny_base: Path, shared: Path, tmp_path: Path) -> "Callable[..., Config]":
+    """A quick run of the pocket configuration on the tiny base; overrides may follow."""
+    from tests.tiny_run import tiny_config
+
+    return functools.partial(tiny_config, tiny_base, shared, tmp_path)

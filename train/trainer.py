@@ -16,13 +16,16 @@ from data.batches import Batch, Chosen, ExpertBatches, TrainingData
 from data.buckets import Bucket
 from data.prefetching import Prefetcher
 from wan_finetune.adapters import inject_lora, lora_weights, set_lora_weights
+from wan_finetune.addressing import seed_at
 from wan_finetune.encoders import latent_statistics, pad_text
 from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio, load_expert
 from wan_finetune.flow import add_noise, timestep, velocity
 
 from .config import Config
+from .identity import global_batch_size
 from .objective import Draws, draw
 from .optim import learning_rate, make_optimizer
+from .optimizer_state import configuration_stays
 
 
 @dataclass(kw_only=True)
@@ -90,7 +93,8 @@ class ExpertTrainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = make_optimizer(self.parameters, self.settings.optimizer)
         if state.optimizer:
-            optimizer.load_state_dict(state.optimizer)
+            with configuration_stays(optimizer):
+                optimizer.load_state_dict(state.optimizer)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def take_step(self) -> StepRecord:
@@ -144,17 +148,20 @@ class ExpertTrainer:
     def micro_batch_loss(self, work: StepWork, step: int, index: int) -> Tensor:
         """The loss of this process's share of micro-batch `index`."""
         batch, global_batch = work.micro_batches[index], len(work.places)
+        positions = self.positions(global_batch, index)
         latents = (batch.latents - self.latents_mean) / self.latents_std
         draws = draw(
             seed=self.config.run.seed,
             expert=self.expert,
             step=step,
-            positions=self.positions(global_batch, index),
+            positions=positions,
             global_batch=global_batch,
             interval=self.interval,
             shift=self.settings.flow.shift,
             shape=latents.shape[1:],
         )
+        # LoRA dropout draws from the global generators.
+        torch.manual_seed(seed_at(self.config.run.seed, self.expert, "dropout", step, positions.start))
         errors = flow_matching_error(self.model, latents, pad_text(batch.text), draws, self.accelerator.device)
         return weighted_loss(errors, batch.masks, batch.weights)
 
@@ -166,11 +173,7 @@ class ExpertTrainer:
 
     def global_batch_size(self, bucket: Bucket) -> int:
         """Clips of this bucket in one optimizer step."""
-        settings = self.config.train
-        micro = settings.batch_size
-        if settings.batch_tokens is not None:
-            micro = max(1, settings.batch_tokens // bucket.tokens)
-        return micro * settings.gradient_accumulation * self.accelerator.num_processes
+        return global_batch_size(self.config, bucket, self.accelerator.num_processes)
 
     def save_state(self) -> None:
         """Bring `state` up to date: weights and optimizer, copied to the CPU."""
