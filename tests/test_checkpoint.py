@@ -57,7 +57,9 @@ def damage(path: Path, how: str, other: Path) -> None:
         flipped = bytearray(content)
         flipped[len(content) // 2] ^= 1
         path.write_bytes(
-            {"empty": b"", "one byte short": content[:-1], "half": content[: len(content) // 2], "one bit": flipped}[how]
+            {"empty": b"", "one byte short": content[:-1], "half": content[: len(content) // 2], "one bit": flipped}[
+                how
+            ]
         )
 
 
@@ -94,7 +96,9 @@ def test_when_every_checkpoint_is_damaged_the_run_stops_instead_of_starting_anew
     for step in (1, 2):
         save_checkpoint(tmp_path, states_of(step), IDENTITY, keep=2)
         (tmp_path / f"step-{2 * step:06d}" / "high" / "adapter.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match=r"no checkpoint is whole .*step-000004: high/adapter.*step-000002: high/adapt"):
+    with pytest.raises(
+        InputError, match=r"no checkpoint is whole .*step-000004: high/adapter.*step-000002: high/adapt"
+    ):
         load(tmp_path)
 
 
@@ -102,7 +106,9 @@ def test_a_checkpoint_of_another_format_is_refused_by_its_number(tmp_path):
     old = tmp_path / "step-000004"
     old.mkdir()
     (old / MANIFEST).write_text(json.dumps({"fingerprint": "abc", "files": {}}))
-    with pytest.raises(InputError, match=r"step-000004: format 1 of another version .* reads format 2\. Finish the run"):
+    with pytest.raises(
+        InputError, match=r"step-000004: format 1 of another version .* reads format 2\. Finish the run"
+    ):
         load(tmp_path)
 
 

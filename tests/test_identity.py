@@ -1,6 +1,7 @@
 """What a changed configuration means for a run that goes on."""
 
 import json
+import shutil
 import types
 import typing
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
 
 from tests.tiny_run import same, train
 from train.checkpoint import found
@@ -40,7 +42,7 @@ def test_every_key_of_the_configuration_has_a_rule():
         except KeyError:
             without.append(key)
     assert not without, f"say in train/identity.py what a change of these means for a resumed run: {without}"
-    with pytest.raises(KeyError, match="new_table.key has no rule"):
+    with pytest.raises(KeyError, match=r"new_table\.key has no rule"):
         rule_of("new_table.key")
 
 
@@ -89,9 +91,9 @@ def identity(make_config):
 
     def of(*overrides: str, processes: int = 1) -> Identity:
         config = make_config(*overrides)
-        return identity_of(
-            config, base_folder(config.model.base), prepare_data(config, make_accelerator(config)), processes
-        )
+        # accelerate has one precision a process, which does not matter here.
+        data = prepare_data(config, make_accelerator(make_config()))
+        return identity_of(config, base_folder(config.model.base), data, processes)
 
     return of
 
@@ -118,17 +120,9 @@ def test_warned_changes_are_told_and_fine_ones_are_not(identity):
 
 def test_the_number_of_processes_is_free_while_the_global_batch_stays(identity):
     saved = identity("train.batch_size=4")
-    for overrides, processes in [(["train.batch_size=2"], 2), (["train.gradient_accumulation=2"], 2)]:
-        same_batch = overrides == ["train.batch_size=2"]
-        other = identity(*overrides, processes=processes)
-        assert (other.values["global_batch.64x64x9"] == 4) == same_batch or not same_batch
-    assert require_same_run(saved, identity("train.batch_size=2", processes=2), {"high": 2}, "x") == []
-    assert (
-        require_same_run(
-            saved, identity("train.batch_size=1", "train.gradient_accumulation=4"), {"high": 2, "low": 0}, "x"
-        )
-        == []
-    )
+    for override, processes in [("train.gradient_accumulation=1", 2), ("train.gradient_accumulation=2", 1)]:
+        resplit = identity("train.batch_size=2", override, processes=processes)
+        assert require_same_run(saved, resplit, {"high": 2}, "x") == []
     with pytest.raises(InputError, match=r"global_batch\.64x64x9: 4 -> 8"):
         require_same_run(saved, identity("train.batch_size=4", processes=2), {"high": 2}, "x")
 
@@ -152,8 +146,6 @@ def test_clips_that_came_and_went_are_counted():
 def test_a_moved_folder_is_the_same_data_and_a_changed_one_is_not(make_config, shared, tmp_path, capsys):
     whole = train(make_config("run.name='whole'", "high.steps=2", "low.steps=1"))
     train(make_config("run.name='part'", "high.steps=1", "low.steps=1", "optimizer.schedule=constant"))
-    import shutil
-
     moved = tmp_path / "moved"
     shutil.copytree(shared / "ember", moved)
     there = f"data.sources=[{{path='{moved}'}}]"
@@ -173,10 +165,6 @@ def test_a_moved_folder_is_the_same_data_and_a_changed_one_is_not(make_config, s
 
 
 def test_another_base_under_the_same_name_is_refused(make_config, tiny_base, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
     moved = tmp_path / "moved"
@@ -193,7 +181,7 @@ def test_another_base_under_the_same_name_is_refused(make_config, tiny_base, tmp
         train(make_config(*settings, f"model.base='{moved}'"))
 
 
-def test_a_manifest_holds_what_decides_and_no_path(make_config, tmp_path):
+def test_a_manifest_holds_what_decides_and_nothing_else(make_config):
     config = make_config("train.experts=['high']", "high.steps=1")
     train(config)
     text = (found(config.run_folder / "checkpoints")[0] / "manifest.json").read_text()

@@ -84,8 +84,6 @@ def save_checkpoint(folder: Path, states: Mapping[ExpertName, ExpertState], iden
     partial = folder / f".{target.name}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in [*folder.glob(".step-*.partial"), *folder.glob(".step-*.retired")]:
-            shutil.rmtree(leftover)
         write_checkpoint(partial, parts, identity)
         if target.exists():
             # Damaged, or the run would not be here again: it went on from the one before.
@@ -155,7 +153,12 @@ def resume(folder: Path, identity: Identity, accelerator: Accelerator) -> States
 
 
 def choose_checkpoint(folder: Path, identity: Identity) -> Path | None:
-    """The newest undamaged checkpoint, which this run may go on from; None where there is no checkpoint at all."""
+    """The newest undamaged checkpoint, which this run may go on from; None where there is no checkpoint at all.
+
+    What a killed process left half written or half removed goes.
+    """
+    for leftover in [*folder.glob(".step-*.partial"), *folder.glob(".step-*.retired")]:
+        shutil.rmtree(leftover, ignore_errors=True)
     damaged = []
     for checkpoint in found(folder):
         if fault := verify(checkpoint):
