@@ -1,11 +1,13 @@
 """The trainer in a child, with a fault built in where a test wants one, and a log of what it trained on."""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,19 @@ WRITING = (
 )
 """Phases of writing a checkpoint."""
 
+PHASES = {
+    "the configuration is read": ("train.__main__", "load_settings"),
+    "clips are encoded": ("data.filling", "Cache.write"),
+    "an expert is loaded": ("train.trainer", "load_expert"),
+    "a step is taken": ("train.trainer", "flow_matching_error"),
+    "a checkpoint is written": ("train.checkpoint", "write_checkpoint"),
+    "a preview is made": ("train.job", "showcase.preview_midway"),
+    "the adapter is verified": ("train.job", "verify_adapter_folder"),
+    "samples are made": ("train.showcase", "sample"),
+    "the evaluation compares": ("train.showcase", "compare"),
+}
+"""Phases of a whole job: what is called in each."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
@@ -40,6 +55,8 @@ class Fault:
     """Step and micro-batch of the high expert in whose backward pass the process dies."""
     poison: tuple[str, str, int] | None = None
     """What becomes not a number: latent, text, gradient or loss; of which expert; in which step, from 1."""
+    waits_in: str = ""
+    """A phase of the job, one of PHASES, in which the process waits for a signal."""
     rank: int = 0
     """The process that is meant."""
     prefetch: bool = True
@@ -52,7 +69,11 @@ def train_child(config: Path, fault: Fault) -> int:
     """`-m train --config CONFIG` with a fault; ends after training unless the whole job is wanted."""
     from train import __main__ as command
 
+    rank = os.environ.get("RANK", "0")
+    (config.parent / f"pid-{rank}").write_text(str(os.getpid()))
     install(fault)
+    if fault.waits_in and int(rank) == fault.rank:
+        wait_for_a_signal(fault.waits_in, config.parent / "reached")
     log_what_is_trained_on(config.parent / "trained_on.jsonl")
     sys.argv = ["train", "--config", str(config)]
     return command.main()
@@ -77,6 +98,22 @@ def install(fault: Fault) -> None:
         if fault.poison is not None:
             poison(*fault.poison)
     count_updates()
+
+
+def wait_for_a_signal(phase: str, reached: Path) -> None:
+    """Say that the phase is reached, and stay there until a signal has come; where it is deferred, go on then."""
+    module, name = PHASES[phase]
+    owner: Any = importlib.import_module(module)
+    *path, attribute = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+
+    def act(*_: Any, **__: Any) -> None:
+        reached.touch()
+        while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+            time.sleep(0.01)
+
+    before(owner, attribute, act)
 
 
 def die() -> NoReturn:

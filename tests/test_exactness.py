@@ -26,13 +26,9 @@ MANY_CHECKPOINTS = ["train.checkpoint_every_steps=1", "sampling.prompts=[]"]
 
 
 def start(config: Config, fault: Fault = Fault(), environment: Mapping[str, str] | None = None) -> Child:  # noqa: B008
-    return fork(
-        train_child,
-        write_config(config),
-        fault,
-        log=config.run.folder / f"{config.run.name}.log",
-        environment={"ACCELERATE_USE_CPU": "true", **(environment or {})},
-    )
+    environment = {"ACCELERATE_USE_CPU": "true", **(environment or {})}
+    log = config.run.folder / f"{config.run.name}-{environment.get('RANK', '0')}.log"
+    return fork(train_child, write_config(config), fault, log=log, environment=environment)
 
 
 def start_pair(config: Config, fault: Fault = Fault()) -> list[Child]:  # noqa: B008
@@ -274,7 +270,7 @@ def test_another_split_of_the_global_batch_moves_a_loss_by_a_millionth_at_most(m
 WATCHING = {
     "no checkpoint but at the ends": ["train.checkpoint_every_steps=100"],
     "previews with other prompts, seeds and steps": ["sampling.seeds=[1, 2]", "sampling.steps=3"],
-    "no evaluation of its own": ["evaluation.prompts=[]", "evaluation.seeds=[7]"],
+    "other evaluation": ["evaluation.prompts=['A red circle moves up in a desert.']", "evaluation.seeds=[7, 8]"],
     "one expert after the other": ["train.order='sequence'"],
     "short rounds": ["train.round_steps=1"],
     "a tracker": ["tracking.tracker='wandb'"],
