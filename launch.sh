@@ -221,9 +221,12 @@ pass_on() { # SIGNAL
 train_in_processes() { # COUNT TRAINER-ARGUMENTS...
     # Here accelerate runs torchrun's agent in its own process. The agent passes signals on to every rank and waits, but
     # takes SIGUSR1 only when told to, kills after 30 s, which can be within one step of a large model, and then ends
-    # with 1 whatever the ranks returned. So bash stays, passes one signal on, and gives the ranks' own status for it.
+    # with 1 whatever the ranks returned. So bash stays, passes one signal on, and gives the ranks' own status: they
+    # write it, one after the other, into a file.
     local count=$1 status=0
     shift
+    export WAN_FINETUNE_STATUSES=$PWD/.venv/statuses-$$
+    rm -f "$WAN_FINETUNE_STATUSES"
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=600
     on_signals pass_on
     # All that a default_config.yaml of the user could decide is said here; port 0 is any free one. The script is given
@@ -235,8 +238,25 @@ train_in_processes() { # COUNT TRAINER-ARGUMENTS...
     # A trapped signal interrupts `wait`; the last one, of a process that is gone, tells the status that bash kept.
     while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
     wait "$child" || status=$?
-    if ((status != 0 && signals_passed > 0)); then status=143; fi
+    if ((status != 0)); then status=$(status_of_ranks "$count" "$status"); fi
+    rm -f "$WAN_FINETUNE_STATUSES"
     exit "$status"
+}
+
+status_of_ranks() { # COUNT STATUS: how the trainers ended, where the launcher itself ended with STATUS
+    local -a ends=()
+    local end
+    if [[ -f $WAN_FINETUNE_STATUSES ]]; then
+        while read -r end; do ends+=("$end"); done <"$WAN_FINETUNE_STATUSES"
+    fi
+    # The first to end has the reason; the others end because of it. One that says nothing was killed.
+    if ((signals_passed > 0)); then
+        case ${ends[0]-} in 2 | 3) echo "${ends[0]}" ;; *) echo 143 ;; esac
+    elif ((${#ends[@]} == $1)); then
+        echo "${ends[0]}"
+    else
+        echo "$2"
+    fi
 }
 
 train() { # [CONFIG] [section.key=value ...]

@@ -27,8 +27,10 @@ from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio, load_exper
 
 from .averaging import averaged_weights, make_average, require_whole_weights
 from .config import Config
+from .identity import global_batch_size
 from .objective import draw, flow_matching_error, level_weights, noise_levels, weighted_loss
 from .optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from .optimizer_state import configuration_stays
 from .terminal import say
 
 
@@ -124,7 +126,8 @@ class ExpertTrainer:
         self.start = {} if state.weights else lora_b(lora_weights(model))
         optimizer = make_optimizer(named, self.settings.optimizer, self.settings.learning_rate)
         if state.optimizer:
-            load_optimizer_state(optimizer, state.optimizer)
+            with configuration_stays(optimizer):
+                load_optimizer_state(optimizer, state.optimizer)
         decay = self.settings.optimizer.ema_decay
         self.average = make_average(model, self.parameters, decay, state.step, state.average)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -298,11 +301,7 @@ class ExpertTrainer:
 
     def global_batch_size(self, bucket: Bucket) -> int:
         """Clips of this bucket in one optimizer step."""
-        settings = self.config.train
-        micro = settings.batch_size
-        if settings.batch_tokens is not None:
-            micro = max(1, settings.batch_tokens // bucket.tokens)
-        return micro * settings.gradient_accumulation * self.accelerator.num_processes
+        return global_batch_size(self.config, bucket, self.accelerator.num_processes)
 
     def save_state(self) -> None:
         """Bring `state` up to date: weights and optimizer, copied to the CPU."""
