@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .costs import (
+    FP32_BYTES,
     Checkpointing,
     Gradients,
     LoraShape,
@@ -22,7 +23,6 @@ from .costs import (
 )
 from .spec import LATENT_CHANNELS, TransformerDims
 
-FP32 = 4
 LATENT_COPIES = 4
 """fp32 tensors of the latent's size during the backward pass: latents, noise, prediction, error."""
 STREAM_BUFFERS = 2
@@ -108,11 +108,11 @@ class BlockSizes:
         width, size = batch.tokens * dims.width, precision.activation_bytes
         return cls(
             stream=width * size,
-            stream_fp32=width * FP32 if precision.autocast else 0,
-            normed=width * FP32,
+            stream_fp32=width * FP32_BYTES if precision.autocast else 0,
+            normed=width * FP32_BYTES,
             wide=batch.tokens * dims.ffn_dim * size,
-            wide_fp32=batch.tokens * dims.ffn_dim * FP32,
-            attention=width * size + batch.tokens * dims.num_heads * FP32,
+            wide_fp32=batch.tokens * dims.ffn_dim * FP32_BYTES,
+            attention=width * size + batch.tokens * dims.num_heads * FP32_BYTES,
         )
 
 
@@ -146,7 +146,7 @@ def block_saved(
     shared = not (precision.copies_lora_input or lora.dropout > 0)
     text = batch.text_rows * dims.width
     norms = sizes.stream_fp32 * need.inputs + sizes.normed * (need.after_self + need.after_cross)
-    heads = sizes.normed * (need.query + need.key + need.cross_query) + text * FP32 * need.cross_key
+    heads = sizes.normed * (need.query + need.key + need.cross_query) + text * FP32_BYTES * need.cross_key
     attention = (3 * sizes.stream + sizes.attention) * need.self_attention
     attention += (sizes.stream + sizes.attention + 2 * text * precision.activation_bytes) * need.cross_attention
     hidden = sizes.wide * need.inner
@@ -212,7 +212,7 @@ def step_memory(
     checkpointed = policy.checkpointing != "none"
     sizes = BlockSizes.of(batch, dims, precision)
     trainable = [lora_parameters(dims, lora, layer) for layer in range(dims.num_layers)]
-    states = sum(trainable) * (FP32 + policy.optimizer_bytes)
+    states = sum(trainable) * (FP32_BYTES + policy.optimizer_bytes)
     fixed = outside_bytes(batch, dims, precision)
     candidates = []
     saved_before = 0.0
@@ -221,7 +221,7 @@ def step_memory(
         ranks = lora.ranks(layer, dims)
         saved = block_saved(batch, dims, lora, ranks, precision, inputs)
         passing = passing_tensors(batch, dims, lora, ranks, precision, checkpointed)
-        gradients_bytes = FP32 * (sum(trainable) if policy.accumulates else sum(trainable[layer + 1 :]))
+        gradients_bytes = FP32_BYTES * (sum(trainable) if policy.accumulates else sum(trainable[layer + 1 :]))
         kept = checkpoint_inputs(layer, dims, sizes, policy.checkpointing)
         working = fixed + saved + passing + (0 if checkpointed else saved_before + sizes.stream)
         candidates.append((states + gradients_bytes, kept, working))
@@ -229,7 +229,7 @@ def step_memory(
         saved_before += saved + (0 if precision.autocast else sizes.stream)
         inputs = inputs or any(ranks.values())
     # The optimizer's own moment: all gradients, no activations.
-    candidates.append((states + FP32 * sum(trainable), 0.0, float(fixed)))
+    candidates.append((states + FP32_BYTES * sum(trainable), 0.0, float(fixed)))
     lora_bytes, kept, working = max(candidates, key=sum)
     base, compute = weight_bytes(dims, precision, policy)
     return StepMemory(base=base, compute_weights=compute, lora=lora_bytes, inputs=kept, working=working)
@@ -247,9 +247,9 @@ def checkpoint_inputs(layer: int, dims: TransformerDims, sizes: BlockSizes, chec
 
 def outside_bytes(batch: MicroBatch, dims: TransformerDims, precision: Precision) -> int:
     """Activations outside the blocks: latents, text, rotary tables."""
-    latents = LATENT_COPIES * FP32 * batch.tokens * LATENT_CHANNELS * 4
+    latents = LATENT_COPIES * FP32_BYTES * batch.tokens * LATENT_CHANNELS * 4
     text = batch.text_rows * (dims.text_dim + dims.width) * precision.activation_bytes
-    rotary = 2 * FP32 * batch.clip_tokens * dims.head_dim
+    rotary = 2 * FP32_BYTES * batch.clip_tokens * dims.head_dim
     return latents + text + rotary
 
 

@@ -4,6 +4,8 @@ Shape suffixes: S tokens of a clip, B clips, d width, f feed-forward width, r Lo
 torch's flop counter does, two for a multiplication with its addition, so that tests can hold the two against each other.
 """
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +14,10 @@ from .spec import SPATIAL_MULTIPLE, TEMPORAL_STRIDE, TEXT_TOKENS, TransformerDim
 
 Checkpointing = Literal["none", "selective", "full", "offloaded"]
 Quantization = Literal["none", "fp8", "int8", "nf4"]
+
+FP32_BYTES = 4
+UNTILED_PIXELS = 2**20
+"""Largest frame that the autoencoder takes in one piece, as in `wan_finetune/encoders.py`."""
 
 QUANTIZED_BYTES: Mapping[Quantization, float] = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
 """Bytes a weight of a block's linears takes; nf4 keeps an fp32 scale for every 64 of them."""
@@ -26,12 +32,9 @@ class LoraShape:
     """Linears by the end of their names, as PEFT matches them."""
     dropout: float = 0.0
 
-    def ranks(self, layer: int, dims: TransformerDims) -> dict[str, int]:
+    def ranks(self, layer: int, dims: TransformerDims) -> Mapping[str, int]:
         """The rank of every linear of a block, 0 where it carries no LoRA."""
-        return {
-            name: self.rank if any(f".blocks.{layer}.{name}".endswith(f".{t}") for t in self.targets) else 0
-            for name in block_linears(dims)
-        }
+        return _ranks(self, layer, dims)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +64,14 @@ class MicroBatch:
         return self.clips * self.text_tokens
 
 
-def block_linears(dims: TransformerDims) -> dict[str, tuple[int, int]]:
+@functools.cache
+def _ranks(lora: LoraShape, layer: int, dims: TransformerDims) -> Mapping[str, int]:
+    ends = tuple(f".{target}" for target in lora.targets)
+    return {name: lora.rank if f".blocks.{layer}.{name}".endswith(ends) else 0 for name in block_linears(dims)}
+
+
+@functools.cache
+def block_linears(dims: TransformerDims) -> Mapping[str, tuple[int, int]]:
     """The linears of a block, name -> (in, out), in the order in which they are called."""
     d, f = dims.width, dims.ffn_dim
     attention = {name: (d, d) for name in ("to_q", "to_k", "to_v", "to_out.0")}
@@ -269,3 +279,22 @@ def step_flops(batch: MicroBatch, dims: TransformerDims, lora: LoraShape, checkp
             total += Flops(attention=-attention_flops(batch, dims, batch.clip_tokens))
         inputs = inputs or any(ranks.values())
     return total
+
+
+def vae_encode_bytes(width: int, height: int, num_frames: int) -> float:
+    """Peak of Wan's own autoencoder encoding one clip in fp32; `wan_finetune/encoders.py` has the figures' source."""
+    pixels = width * height
+    if pixels > UNTILED_PIXELS:
+        pixels = max(64, math.isqrt(UNTILED_PIXELS) // 64 * 64) ** 2
+    return 508_000_000 + pixels * (14_100 + 12.5 * num_frames)
+
+
+def sampling_bytes(batch: MicroBatch, dims: TransformerDims, dtype_bytes: int) -> float:
+    """Peak of one denoiser's forward pass without gradients: its weights, and the feed-forward or the gate of a block.
+
+    Adapters are in; guidance evaluates twice, one after the other.
+    """
+    stream, wide = batch.tokens * dims.width, batch.tokens * dims.ffn_dim
+    gate = 4 * stream * dtype_bytes + 3 * stream * FP32_BYTES
+    inner = (3 * stream + 3 * wide) * dtype_bytes + (stream if dtype_bytes < FP32_BYTES else 0) * FP32_BYTES
+    return base_bytes(dims, dtype_bytes, "none") + max(gate, inner)
