@@ -83,7 +83,7 @@ def parse_gpu(text: str) -> Hardware:
         if memory <= 0:
             raise InputError(f"--gpu {text!r}: a GPU of no memory")
         rates = class_of_size(memory / GIB)
-        title = f"{what}, taken for {rates.name} where it comes to speed"
+        title = f"a GPU as fast as an {rates.name}" if count == 1 else f"GPUs as fast as an {rates.name}"
         return Hardware(title=title, count=count, memory_bytes=memory, rates=rates, is_there=False)
     found = class_named(what)
     if found is None:
@@ -106,7 +106,9 @@ def class_named(name: str) -> GpuClass | None:
 def class_of_size(gib: float) -> GpuClass:
     """The usual GPU of about this memory, or the one below."""
     usual = [known for name in BY_SIZE for known in GPU_CLASSES if known.name == name]
-    return max((known for known in usual if known.memory_gib <= gib * 1.05), key=lambda k: k.memory_gib, default=usual[0])
+    return max(
+        (known for known in usual if known.memory_gib <= gib * 1.05), key=lambda k: k.memory_gib, default=usual[0]
+    )
 
 
 def find_hardware() -> Hardware:

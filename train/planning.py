@@ -95,9 +95,7 @@ class BucketPlan:
 
 def plan_training(numbers: TrainingNumbers, hardware: Hardware) -> list[BucketPlan]:
     """Every expert's every bucket, in order."""
-    return [
-        plan_bucket(numbers, expert, bucket, hardware) for expert in numbers.experts for bucket in expert.buckets
-    ]
+    return [plan_bucket(numbers, expert, bucket, hardware) for expert in numbers.experts for bucket in expert.buckets]
 
 
 def plan_bucket(
@@ -184,9 +182,7 @@ def find_levers(
     return tuple(found)
 
 
-def single_changes(
-    policy: MemoryPolicy, dims: TransformerDims, hardware: Hardware
-) -> list[tuple[str, MemoryPolicy]]:
+def single_changes(policy: MemoryPolicy, dims: TransformerDims, hardware: Hardware) -> list[tuple[str, MemoryPolicy]]:
     """Every setting that takes less memory than the present one, alone."""
     changes: list[tuple[str, MemoryPolicy]] = []
     for quantization in ("fp8", "int8", "nf4"):
@@ -202,9 +198,7 @@ def single_changes(
     return [(change, changed) for change, changed in changes if changed != policy]
 
 
-def sets_of_changes(
-    policy: MemoryPolicy, dims: TransformerDims, hardware: Hardware
-) -> list[tuple[str, MemoryPolicy]]:
+def sets_of_changes(policy: MemoryPolicy, dims: TransformerDims, hardware: Hardware) -> list[tuple[str, MemoryPolicy]]:
     """Combinations of quantization, checkpointing, streaming and sharding."""
     quantizations = list(dict.fromkeys((policy.quantization, "fp8", "nf4")))
     policies = list(dict.fromkeys((policy.checkpointing, "full", "offloaded")))

@@ -4,6 +4,7 @@ What autograd saves of a block is summed from diffusers' `WanTransformerBlock` a
 which they run. Four moments compete for the peak; the tests say that nothing else does.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -174,7 +175,7 @@ def passing_tensors(
 ) -> int:
     """Most bytes beside what a block saves, its input apart: the largest of four moments."""
     sizes = BlockSizes.of(batch, dims, precision)
-    down, up = (lora_saved(batch, dims, lora, ranks, precision)[name] for name in ("ffn.net.2", "ffn.net.0.proj"))
+    down = lora_saved(batch, dims, lora, ranks, precision)["ffn.net.2"]
     copies, dropped = precision.copies_lora_input, lora.dropout > 0
     shared = not (copies or dropped)
     # Alive to the block's end: the stream, cross-attention's output, the feed-forward's input if no LoRA saves it.
@@ -209,30 +210,49 @@ def step_memory(
 
     The last block sees every checkpointed input, the first one the gradients of all others.
     """
-    checkpointed = policy.checkpointing != "none"
+    base, compute = weight_bytes(dims, precision, policy)
+    lora_bytes, kept, working = worst_moment(
+        batch, dims, lora, precision, policy.checkpointing, policy.optimizer_bytes, policy.accumulates
+    )
+    return StepMemory(base=base, compute_weights=compute, lora=lora_bytes, inputs=kept, working=working)
+
+
+@functools.cache
+def worst_moment(
+    batch: MicroBatch,
+    dims: TransformerDims,
+    lora: LoraShape,
+    precision: Precision,
+    checkpointing: Checkpointing,
+    optimizer_bytes: int,
+    accumulates: bool,
+) -> tuple[float, float, float]:
+    """(of LoRA, of kept inputs, of the working set) in bytes: what of `step_memory` changes during a step."""
+    checkpointed = checkpointing != "none"
     sizes = BlockSizes.of(batch, dims, precision)
     trainable = [lora_parameters(dims, lora, layer) for layer in range(dims.num_layers)]
-    states = sum(trainable) * (FP32_BYTES + policy.optimizer_bytes)
+    states = sum(trainable) * (FP32_BYTES + optimizer_bytes)
     fixed = outside_bytes(batch, dims, precision)
-    candidates = []
+    # The optimizer's own moment: all gradients, no activations.
+    candidates = [(float(states + FP32_BYTES * sum(trainable)), 0.0, float(fixed))]
+    known: dict[tuple[object, ...], tuple[int, int]] = {}
     saved_before = 0.0
     inputs = False
     for layer in range(dims.num_layers):
         ranks = lora.ranks(layer, dims)
-        saved = block_saved(batch, dims, lora, ranks, precision, inputs)
-        passing = passing_tensors(batch, dims, lora, ranks, precision, checkpointed)
-        gradients_bytes = FP32_BYTES * (sum(trainable) if policy.accumulates else sum(trainable[layer + 1 :]))
-        kept = checkpoint_inputs(layer, dims, sizes, policy.checkpointing)
+        key = (*ranks.values(), inputs)
+        if key not in known:
+            passing = passing_tensors(batch, dims, lora, ranks, precision, checkpointed)
+            known[key] = block_saved(batch, dims, lora, ranks, precision, inputs), passing
+        saved, passing = known[key]
+        waiting = sum(trainable) if accumulates else sum(trainable[layer + 1 :])
+        kept = checkpoint_inputs(layer, dims, sizes, checkpointing)
         working = fixed + saved + passing + (0 if checkpointed else saved_before + sizes.stream)
-        candidates.append((states + gradients_bytes, kept, working))
+        candidates.append((states + FP32_BYTES * waiting, kept, working))
         # Without autocast the first norm saves the block's input itself.
         saved_before += saved + (0 if precision.autocast else sizes.stream)
         inputs = inputs or any(ranks.values())
-    # The optimizer's own moment: all gradients, no activations.
-    candidates.append((states + FP32_BYTES * sum(trainable), 0.0, float(fixed)))
-    lora_bytes, kept, working = max(candidates, key=sum)
-    base, compute = weight_bytes(dims, precision, policy)
-    return StepMemory(base=base, compute_weights=compute, lora=lora_bytes, inputs=kept, working=working)
+    return max(candidates, key=sum)
 
 
 def checkpoint_inputs(layer: int, dims: TransformerDims, sizes: BlockSizes, checkpointing: Checkpointing) -> float:

@@ -1,7 +1,7 @@
 """What a LoRA step of a Wan denoiser costs: parameters, bytes of weights, floating-point operations. Plain arithmetic.
 
 Shape suffixes: S tokens of a clip, B clips, d width, f feed-forward width, r LoRA rank. Operations are counted as
-torch's flop counter does, two for a multiplication with its addition, so that tests can hold the two against each other.
+torch's flop counter does, two for a multiplication with its addition; tests hold the two against each other.
 """
 
 import functools
@@ -89,13 +89,13 @@ def block_matrix_parameters(dims: TransformerDims) -> int:
 
 
 def block_vector_parameters(dims: TransformerDims) -> tuple[int, int]:
-    """A block's other parameters, (in the base's dtype, kept in fp32): biases and norms of q and k; modulation, norm2."""
+    """A block's other parameters, (in the base's dtype, kept in fp32): biases, norms of q and k; modulation, norm2."""
     biases = sum(out for _, out in block_linears(dims).values())
     return biases + 4 * dims.width, 6 * dims.width + (2 * dims.width if dims.cross_attn_norm else 0)
 
 
 def outer_parameters(dims: TransformerDims) -> tuple[int, int]:
-    """Parameters outside the blocks, (in the base's dtype, kept in fp32): embeddings and head; time path, modulation."""
+    """Parameters outside blocks, (in the base's dtype, kept in fp32): embeddings, head; time path, modulation."""
     d = dims.width
     time, height, width = dims.patch_size
     patch = time * height * width
@@ -226,11 +226,9 @@ def attention_flops(batch: MicroBatch, dims: TransformerDims, keys: int) -> floa
 
 def forward_flops(batch: MicroBatch, dims: TransformerDims, lora: LoraShape | None = None) -> Flops:
     """One evaluation of the denoiser."""
-    total = outer_flops(batch, dims)
-    for layer in range(dims.num_layers):
-        ranks = lora.ranks(layer, dims) if lora else dict.fromkeys(block_linears(dims), 0)
-        total += block_flops(batch, dims, ranks, inputs=False)[0]
-    return total
+    plain = LoraShape(rank=0, targets=())
+    blocks = [(lora or plain).ranks(layer, dims) for layer in range(dims.num_layers)]
+    return sum((block_flops(batch, dims, ranks, inputs=False)[0] for ranks in blocks), outer_flops(batch, dims))
 
 
 def outer_flops(batch: MicroBatch, dims: TransformerDims) -> Flops:
@@ -258,6 +256,7 @@ def block_flops(
     return Flops(linear=forward, attention=own + cross), Flops(linear=backward, attention=attention_back)
 
 
+@functools.cache
 def step_flops(batch: MicroBatch, dims: TransformerDims, lora: LoraShape, checkpointing: Checkpointing) -> Flops:
     """Forward and backward of one micro-batch.
 
@@ -269,9 +268,14 @@ def step_flops(batch: MicroBatch, dims: TransformerDims, lora: LoraShape, checkp
     # The gradient comes back through the head; the first block's input needs none.
     total += Flops(linear=2.0 * batch.tokens * d * dims.out_channels * time * height * width)
     inputs = False
+    known: dict[tuple[object, ...], tuple[Flops, Flops]] = {}
     for layer in range(dims.num_layers):
         ranks = lora.ranks(layer, dims)
-        forward, backward = block_flops(batch, dims, ranks, inputs)
+        # Blocks are alike but for the first one; dozens of them in dozens of plans would take a second.
+        key = (*ranks.values(), inputs)
+        if key not in known:
+            known[key] = block_flops(batch, dims, ranks, inputs)
+        forward, backward = known[key]
         total += forward + backward
         if checkpointing != "none":
             total += forward

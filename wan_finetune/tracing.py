@@ -1,8 +1,9 @@
 """A LoRA step of the real denoiser on tensors without storage: what it allocates, and how many operations it takes.
 
-The model is diffusers', the LoRA PEFT's, the backward pass torch's own. Only the bytes are not there (`FakeTensorMode`),
-so that A14B at full size is traced on any machine in seconds. Fake tensors say they lie on the CPU: a build of torch
-without CUDA aborts on fake CUDA tensors. Allocations inside a kernel, such as workspaces of cuBLAS, do not show.
+The model is diffusers', the LoRA PEFT's, the backward pass torch's own. Only the bytes are not there
+(`FakeTensorMode`), so that A14B at full size is traced on any machine in seconds. Fake tensors say they lie on the
+CPU: a build of torch without CUDA aborts on fake CUDA tensors. What a kernel takes inside, such as a workspace of
+cuBLAS, does not show.
 """
 
 import functools
@@ -68,12 +69,8 @@ def trace_at_depth(dims: TransformerDims, lora: LoraShape, batch: MicroBatch, se
     """
     if dims.num_layers <= 4:
         return trace_step(dims, lora, batch, settings)
-    two, four = (asdict_of(trace_step(replace(dims, num_layers=n), lora, batch, settings)) for n in (2, 4))
+    two, four = (asdict(trace_step(replace(dims, num_layers=n), lora, batch, settings)) for n in (2, 4))
     return Traced(**{key: two[key] + (four[key] - two[key]) * (dims.num_layers - 2) // 2 for key in two})
-
-
-def asdict_of(traced: Traced) -> dict[str, int]:
-    return asdict(traced)
 
 
 def trace_memory(
@@ -85,17 +82,22 @@ def trace_memory(
         materialise(model)
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, fused=True)
-        # The first step makes the optimizer's states.
-        for step in range(2):
-            tracker.peak_bytes = tracker.live_bytes
-            if settings.accumulated and step:
-                backward_of_micro_batch(model, batch, settings)
-            backward_of_micro_batch(model, batch, settings)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        make_states(optimizer, trainable)
+        tracker.peak_bytes = tracker.live_bytes
+        for _ in range(2 if settings.accumulated else 1):
+            backward_of_micro_batch(model, dims, batch, settings)
+        optimizer.step()
         peak = tracker.peak_bytes
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     return peak, frozen, sum(p.numel() for p in trainable)
+
+
+def make_states(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """What the first step leaves behind."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def trace_flops(dims: TransformerDims, lora: LoraShape, batch: MicroBatch, settings: TraceSettings) -> int:
@@ -119,19 +121,21 @@ def trace_flops(dims: TransformerDims, lora: LoraShape, batch: MicroBatch, setti
         materialise(model)
         # Counted apart from the allocations: the counter's hooks on modules keep tensors alive.
         with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-            backward_of_micro_batch(model, batch, settings)
+            backward_of_micro_batch(model, dims, batch, settings)
     return counter.get_total_flops()
 
 
-def backward_of_micro_batch(model: nn.Module, batch: MicroBatch, settings: TraceSettings) -> None:
+def backward_of_micro_batch(
+    model: nn.Module, dims: TransformerDims, batch: MicroBatch, settings: TraceSettings
+) -> None:
     """Forward, flow-matching loss and backward, as in training."""
     from peft.helpers import disable_input_dtype_casting
 
     frames = 1 + (batch.num_frames - 1) // TEMPORAL_STRIDE
     side = SPATIAL_MULTIPLE // 2
-    shape = (batch.clips, model.config.in_channels, frames, batch.height // side, batch.width // side)
+    shape = (batch.clips, dims.in_channels, frames, batch.height // side, batch.width // side)
     latents, noise, sigma = torch.empty(shape), torch.empty(shape), torch.empty(batch.clips, 1, 1, 1, 1)
-    text = torch.empty(batch.clips, batch.text_tokens, model.config.text_dim, dtype=settings.base_dtype)
+    text = torch.empty(batch.clips, batch.text_tokens, dims.text_dim, dtype=settings.base_dtype)
     casting = nullcontext() if settings.cast_lora_input else disable_input_dtype_casting(model)
     with casting:
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
@@ -195,7 +199,6 @@ def fake_tensors() -> Iterator[None]:
     """Inside, tensors have shapes and dtypes and no bytes."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # RMSNorm and others compare dtypes and shapes only; nothing here depends on a value.
     with FakeTensorMode():
         yield
 
