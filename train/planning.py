@@ -86,7 +86,7 @@ class BucketPlan:
     seconds: float
     """Of an optimizer step."""
     levers: tuple[Lever, ...] = ()
-    """Where it does not fit: single changes, then the quickest set of changes that fits."""
+    """Where it does not fit: single changes by what they give; where none fits, the quickest set that does, last."""
 
     @property
     def peak_bytes(self) -> float:
@@ -170,16 +170,16 @@ def find_levers(
 
     batch = bucket.batch
     found = [lever(change, batch, changed) for change, changed in single_changes(policy, numbers.dims, hardware)]
-    if batch.clips > 1:
-        found.append(lever("train.batch_size = 1, with gradient_accumulation", replace(batch, clips=1), policy))
-    if shorter := shorter_batch(numbers, expert, batch, policy, hardware):
-        found.append(lever(f"a bucket of {shorter.num_frames} frames instead of {batch.num_frames}", shorter, policy))
-    found = sorted((item for item in found if item.gives_bytes > 0), key=lambda item: -item.gives_bytes)
     if not any(item.fits for item in found):
         sets = [lever(change, batch, changed) for change, changed in sets_of_changes(policy, numbers.dims, hardware)]
         if fitting := [item for item in sets if item.fits]:
             found.append(min(fitting, key=lambda item: (item.seconds, item.change.count("+"), item.peak_bytes)))
-    return tuple(found)
+    if batch.clips > 1:
+        found.append(lever("train.batch_size = 1, with gradient_accumulation", replace(batch, clips=1), policy))
+    if shorter := shorter_batch(numbers, expert, batch, policy, hardware):
+        found.append(lever(f"a bucket of {shorter.num_frames} frames instead of {batch.num_frames}", shorter, policy))
+    helpful = [item for item in found if item.gives_bytes > 0]
+    return tuple(sorted(helpful, key=lambda item: (" + " in item.change, -item.gives_bytes)))
 
 
 def single_changes(policy: MemoryPolicy, dims: TransformerDims, hardware: Hardware) -> list[tuple[str, MemoryPolicy]]:

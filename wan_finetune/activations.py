@@ -1,7 +1,7 @@
 """How much memory a LoRA step takes at its worst moment, in plain arithmetic. tests/test_plan.py holds it to traces.
 
 What autograd saves of a block is summed from diffusers' `WanTransformerBlock` and PEFT's LoRA layer, in the order in
-which they run. Four moments compete for the peak; the tests say that nothing else does.
+which they run. Five moments compete for the peak; the tests say that nothing else does.
 """
 
 import functools
@@ -173,7 +173,7 @@ def passing_tensors(
     precision: Precision,
     checkpointed: bool,
 ) -> int:
-    """Most bytes beside what a block saves, its input apart: the largest of four moments."""
+    """Most bytes beside what a block saves, its input apart: the largest of five moments."""
     sizes = BlockSizes.of(batch, dims, precision)
     down = lora_saved(batch, dims, lora, ranks, precision)["ffn.net.2"]
     copies, dropped = precision.copies_lora_input, lora.dropout > 0
@@ -200,7 +200,26 @@ def passing_tensors(
     gradient = sizes.stream + 2 * sizes.wide
     if has_down:
         gradient += (sizes.wide_fp32 if copies else sizes.wide) - (sizes.wide if shared else down)
-    return max(forward, gradient)
+    return max(forward, gradient, text_keys_backward(batch, dims, lora, ranks, precision))
+
+
+def text_keys_backward(
+    batch: MicroBatch, dims: TransformerDims, lora: LoraShape, ranks: Mapping[str, int], precision: Precision
+) -> int:
+    """Bytes at the backward pass of the norm of the text's keys, beside what a block saves: the worst moment of clips
+    that have fewer tokens than their text. What lies behind cross-attention has been freed by then.
+    """
+    sizes, loras = BlockSizes.of(batch, dims, precision), lora_saved(batch, dims, lora, ranks, precision)
+    if not ranks["attn2.to_k"]:
+        return 0
+    shared = not (precision.copies_lora_input or lora.dropout > 0)
+    text, size = batch.text_rows * dims.width, precision.activation_bytes
+    freed = sizes.normed + sizes.wide + sum(loras[n] for n in ("attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2"))
+    freed += sizes.stream + sizes.attention + 2 * text * size
+    if shared:
+        freed += (ranks["ffn.net.0.proj"] > 0) * sizes.stream + (ranks["ffn.net.2"] > 0) * sizes.wide
+    # Gradients of the stream, the queries, the keys and the values wait; the norm's backward makes four fp32 tensors.
+    return 2 * sizes.stream + 2 * text * size + 4 * text * FP32_BYTES - freed
 
 
 def step_memory(
