@@ -18,7 +18,7 @@ from train.plan_numbers import run_numbers, sees
 from train.plan_view import duration, gib, show
 from train.planned_base import base_facts
 from train.planning import BucketNumbers, ExpertNumbers, TrainingNumbers, plan_training
-from wan_finetune.activations import MemoryPolicy, Precision, block_saved, step_memory, weight_bytes
+from wan_finetune.activations import Precision, block_saved
 from wan_finetune.costs import (
     LoraShape,
     MicroBatch,
@@ -28,12 +28,12 @@ from wan_finetune.costs import (
     lora_parameters,
     num_parameters,
     step_flops,
-    vae_encode_bytes,
 )
 from wan_finetune.encoders import encode_bytes, tile_side
 from wan_finetune.errors import InputError
 from wan_finetune.experts import base_folder
 from wan_finetune.spec import KNOWN_BASES, LORA_TARGETS, TransformerDims
+from wan_finetune.step_memory import MemoryPolicy, step_memory, vae_encode_bytes, weight_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 A14B = TransformerDims()

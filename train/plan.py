@@ -96,7 +96,7 @@ def trace(run: "RunNumbers", rows: "list[BucketPlan]") -> "dict[str, Exact]":
     """
     import torch
 
-    from wan_finetune.activations import MemoryPolicy, step_memory
+    from wan_finetune.step_memory import MemoryPolicy, step_memory
     from wan_finetune.tracing import Traced, TraceSettings, trace_at_depth
 
     from .plan_view import Exact

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from data.buckets import Bucket
 from data.config import SourceConfig
-from wan_finetune.activations import MemoryPolicy, Precision
+from wan_finetune.activations import Precision
 from wan_finetune.costs import FP32_BYTES, Checkpointing, LoraShape, MicroBatch
 from wan_finetune.errors import InputError
 from wan_finetune.experts import EXPERTS, ExpertName
 from wan_finetune.spec import TEXT_TOKENS
+from wan_finetune.step_memory import MemoryPolicy
 
 from .config import Config
 from .planned_base import BaseFacts, base_facts

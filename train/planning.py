@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from wan_finetune.activations import MemoryPolicy, Precision, StepMemory, step_memory
+from wan_finetune.activations import Precision
 from wan_finetune.costs import (
     Checkpointing,
     Flops,
@@ -16,6 +16,7 @@ from wan_finetune.costs import (
     step_flops,
 )
 from wan_finetune.spec import TEMPORAL_STRIDE, TransformerDims
+from wan_finetune.step_memory import MemoryPolicy, StepMemory, step_memory
 
 from .hardware import GIB, Hardware
 

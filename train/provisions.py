@@ -11,10 +11,9 @@ from wan_finetune.costs import (
     block_bytes,
     forward_flops,
     lora_parameters,
-    sampling_bytes,
-    vae_encode_bytes,
 )
 from wan_finetune.spec import VAE_PARAMETERS
+from wan_finetune.step_memory import sampling_bytes, vae_encode_bytes
 
 from .hardware import GIB, Hardware
 from .planned_base import BaseFacts

@@ -5,7 +5,6 @@ torch's flop counter does, two for a multiplication with its addition; tests hol
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -16,8 +15,6 @@ Checkpointing = Literal["none", "selective", "full", "offloaded"]
 Quantization = Literal["none", "fp8", "int8", "nf4"]
 
 FP32_BYTES = 4
-UNTILED_PIXELS = 2**20
-"""Largest frame that the autoencoder takes in one piece, as in `wan_finetune/encoders.py`."""
 
 QUANTIZED_BYTES: Mapping[Quantization, float] = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
 """Bytes a weight of a block's linears takes; nf4 keeps an fp32 scale for every 64 of them."""
@@ -283,22 +280,3 @@ def step_flops(batch: MicroBatch, dims: TransformerDims, lora: LoraShape, checkp
             total += Flops(attention=-attention_flops(batch, dims, batch.clip_tokens))
         inputs = inputs or any(ranks.values())
     return total
-
-
-def vae_encode_bytes(width: int, height: int, num_frames: int) -> float:
-    """Peak of Wan's own autoencoder encoding one clip in fp32; `wan_finetune/encoders.py` has the figures' source."""
-    pixels = width * height
-    if pixels > UNTILED_PIXELS:
-        pixels = max(64, math.isqrt(UNTILED_PIXELS) // 64 * 64) ** 2
-    return 508_000_000 + pixels * (14_100 + 12.5 * num_frames)
-
-
-def sampling_bytes(batch: MicroBatch, dims: TransformerDims, dtype_bytes: int) -> float:
-    """Peak of one denoiser's forward pass without gradients: its weights, and the feed-forward or the gate of a block.
-
-    Adapters are in; guidance evaluates twice, one after the other.
-    """
-    stream, wide = batch.tokens * dims.width, batch.tokens * dims.ffn_dim
-    gate = 4 * stream * dtype_bytes + 3 * stream * FP32_BYTES
-    inner = (3 * stream + 3 * wide) * dtype_bytes + (stream if dtype_bytes < FP32_BYTES else 0) * FP32_BYTES
-    return base_bytes(dims, dtype_bytes, "none") + max(gate, inner)
