@@ -83,7 +83,7 @@ def parse_gpu(text: str) -> Hardware:
         if memory <= 0:
             raise InputError(f"--gpu {text!r}: a GPU of no memory")
         rates = class_of_size(memory / GIB)
-        title = f"a GPU as fast as an {rates.name}" if count == 1 else f"GPUs as fast as an {rates.name}"
+        title = f"GPU as fast as an {rates.name}"
         return Hardware(title=title, count=count, memory_bytes=memory, rates=rates, is_there=False)
     found = class_named(what)
     if found is None:

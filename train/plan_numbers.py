@@ -1,7 +1,6 @@
 """From a configuration to the numbers that a plan is made of: the one place of the planner that knows `Config`."""
 
 import os
-from pathlib import Path
 
 from data.buckets import Bucket
 from data.config import SourceConfig
@@ -136,25 +135,25 @@ def data_numbers(config: Config, base: BaseFacts) -> DataNumbers:
     """What the caches will hold."""
     data = config.data
     buckets = sorted({b for s in data.sources for b in data.buckets_of(s)}, key=lambda b: b.tokens)
-    counts = [count_clips(source.path) for source in data.sources]
+    counts = [count_windows(config, source) for source in data.sources]
     sizes = [bucket.latent_bytes * (2 if data.latent_std else 1) for bucket in buckets]
-    several = data.windows in ("uniform", "random", "all")
     row_bytes = base.dims.text_dim * (2 if config.model.dtype == "bfloat16" else FP32_BYTES)
     largest = max(buckets, key=lambda bucket: bucket.width * bucket.height * bucket.num_frames)
     return DataNumbers(
-        clips=sum(c for c in counts if c is not None) if all(c is not None for c in counts) else None,
-        windows_per_clip=data.windows_per_clip if several else 1,
+        windows=sum(c for c in counts if c is not None) if all(c is not None for c in counts) else None,
         largest_latent_bytes=max(sizes),
-        smallest_latent_bytes=min(sizes),
         text_bytes=TEXT_TOKENS * row_bytes,
         largest_clip=(largest.width, largest.height, largest.num_frames),
     )
 
 
-def count_clips(path: Path | None) -> int | None:
-    """Videos and stills in a local folder; None for what would have to be read, or is not there yet."""
+def count_windows(config: Config, source: SourceConfig) -> int | None:
+    """Windows of the clips in a source's folder; None for what would have to be read, or is not there yet."""
     from data.sources.paths import is_media
 
-    if path is None or not path.is_dir():
+    mode = source.windows or config.data.windows
+    if source.path is None or not source.path.is_dir() or mode == "all" or source.shots:
         return None
-    return sum(is_media(name) for _, _, names in os.walk(path) for name in names)
+    several = source.windows_per_clip or config.data.windows_per_clip
+    clips = sum(is_media(name) for _, _, names in os.walk(source.path) for name in names)
+    return clips * (several if mode in ("uniform", "random") else 1)

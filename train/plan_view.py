@@ -127,6 +127,7 @@ def show_head(plan: Plan, console: Console) -> None:
     hardware = plan.hardware
     number = f"{hardware.count} x " if hardware.count > 1 else ""
     memory = "" if hardware.memory_bytes is None else f", {gib(hardware.memory_bytes)} GiB"
+    memory += " each" if hardware.count > 1 else ""
     console.print(f"  on      {number}{hardware.title}{memory}", highlight=False, markup=False)
 
 

@@ -172,9 +172,14 @@ def find_levers(
     batch = bucket.batch
     found = [lever(change, batch, changed) for change, changed in single_changes(policy, numbers.dims, hardware)]
     if not any(item.fits for item in found):
-        sets = [lever(change, batch, changed) for change, changed in sets_of_changes(policy, numbers.dims, hardware)]
+        changes = sets_of_changes(policy, numbers.dims, hardware)
+        sets = [lever(change, batch, changed) for change, changed in changes]
+        leanest = min(zip(sets, changes, strict=True), key=lambda pair: pair[0].peak_bytes)[1]
         if fitting := [item for item in sets if item.fits]:
             found.append(min(fitting, key=lambda item: (item.seconds, item.change.count("+"), item.peak_bytes)))
+        elif shorter := shorter_batch(numbers, expert, batch, leanest[1], hardware):
+            change = f"{leanest[0]} + a bucket of {shorter.num_frames} frames instead of {batch.num_frames}"
+            found.append(lever(change, shorter, leanest[1]))
     if batch.clips > 1:
         found.append(lever("train.batch_size = 1, with gradient_accumulation", replace(batch, clips=1), policy))
     if shorter := shorter_batch(numbers, expert, batch, policy, hardware):

@@ -38,12 +38,10 @@ class SamplingNumbers:
 class DataNumbers:
     """What the caches will hold."""
 
-    clips: int | None
-    """In local folders; None where it cannot be counted without reading."""
-    windows_per_clip: int
+    windows: int | None
+    """Latents of all clips in local folders; None where they cannot be counted without reading."""
     largest_latent_bytes: int
     """Of the largest bucket, its deviation included where it is kept."""
-    smallest_latent_bytes: int
     text_bytes: int
     """Of a caption of the longest kind, 512 rows."""
     largest_clip: tuple[int, int, int]
@@ -146,11 +144,11 @@ def disk_bytes(run: RunNumbers) -> dict[str, float]:
         "adapters (diffusers and ComfyUI)": 2.0 * FP32_BYTES * parameters,
     }
     data = run.data
-    entry = data.windows_per_clip * data.largest_latent_bytes
-    if data.clips is None:
-        needs["cache, for each 100 clips at most"] = 100.0 * (entry + data.text_bytes)
+    entry = data.largest_latent_bytes + data.text_bytes
+    if data.windows is None:
+        needs["cache, for each 100 windows at most"] = 100.0 * entry
     else:
-        needs[f"cache, for {data.clips} clips at most"] = float(data.clips * (entry + data.text_bytes))
+        needs[f"cache, for {data.windows} windows at most"] = float(data.windows * entry)
     return needs
 
 

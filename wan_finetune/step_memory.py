@@ -14,7 +14,7 @@ from .costs import (
     base_bytes,
     block_bytes,
     block_linears,
-    block_matrix_parameters,
+    gradients,
     lora_parameters,
 )
 from .spec import LATENT_CHANNELS, TransformerDims
@@ -72,7 +72,7 @@ def step_memory(
 
     The last block sees every checkpointed input, the first one the gradients of all others.
     """
-    base, compute = weight_bytes(dims, precision, policy)
+    base, compute = weight_bytes(dims, lora, precision, policy)
     lora_bytes, kept, working = worst_moment(
         batch, dims, lora, precision, policy.checkpointing, policy.optimizer_bytes, policy.accumulates
     )
@@ -111,8 +111,8 @@ def worst_moment(
         kept = checkpoint_inputs(layer, dims, sizes, checkpointing)
         working = fixed + saved + passing + (0 if checkpointed else saved_before + sizes.stream)
         candidates.append((states + FP32_BYTES * waiting, kept, working))
-        # Without autocast the first norm saves the block's input itself.
-        saved_before += saved + (0 if precision.autocast else sizes.stream)
+        # Without autocast the first norm saves the block's input itself, where that needs a gradient.
+        saved_before += saved + (sizes.stream if inputs and not precision.autocast else 0)
         inputs = inputs or any(ranks.values())
     return max(candidates, key=sum)
 
@@ -135,7 +135,9 @@ def outside_bytes(batch: MicroBatch, dims: TransformerDims, precision: Precision
     return latents + text + rotary
 
 
-def weight_bytes(dims: TransformerDims, precision: Precision, policy: MemoryPolicy) -> tuple[float, float]:
+def weight_bytes(
+    dims: TransformerDims, lora: LoraShape, precision: Precision, policy: MemoryPolicy
+) -> tuple[float, float]:
     """(stored on this GPU, in the dtype of the computation beside them), frozen weights of all resident denoisers."""
     block = block_bytes(dims, precision.base_bytes, policy.quantization)
     whole = base_bytes(dims, precision.base_bytes, policy.quantization)
@@ -145,14 +147,20 @@ def weight_bytes(dims: TransformerDims, precision: Precision, policy: MemoryPoli
     compute = min(streamed, STREAM_BUFFERS) * block
     if policy.shards > 1:
         compute += STREAM_BUFFERS * block
-    matrices = block_matrix_parameters(dims) * precision.activation_bytes
     if policy.quantization == "nf4":
         # Unpacked for one product at a time, forward and backward.
         compute += max(wide * high for wide, high in block_linears(dims).values()) * precision.activation_bytes
     elif policy.quantization != "none" or precision.base_bytes != precision.activation_bytes:
-        # Autograd saves the weights in which the product was computed.
-        compute += matrices * (dims.num_layers if policy.checkpointing == "none" else 1)
+        # Autograd saves the weights with which a product was computed whose input needs a gradient.
+        layers = range(dims.num_layers) if policy.checkpointing == "none" else [dims.num_layers - 1]
+        compute += sum(saved_weights(dims, lora, layer) for layer in layers) * precision.activation_bytes
     return base, compute
+
+
+def saved_weights(dims: TransformerDims, lora: LoraShape, layer: int) -> int:
+    """Weights of a block's linears that its backward pass needs; the first block's input needs no gradient."""
+    need = gradients(lora.ranks(layer, dims), inputs=layer > 0)
+    return sum(wide * high for name, (wide, high) in block_linears(dims).items() if need.into(name))
 
 
 def vae_encode_bytes(width: int, height: int, num_frames: int) -> float:
