@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 POLICIES: tuple[Checkpointing, ...] = ("none", "selective", "full")
 BATCHES = {
     "512x512x1": MicroBatch(clips=1, width=512, height=512, num_frames=1),
-    "832x480x33": MicroBatch(clips=1, width=832, height=480, num_frames=33),
     "832x480x81": MicroBatch(clips=1, width=832, height=480, num_frames=81),
     "1280x720x81": MicroBatch(clips=1, width=1280, height=720, num_frames=81),
 }

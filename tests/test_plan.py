@@ -5,6 +5,7 @@ import json
 import resource
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +157,14 @@ def test_the_tracker_counts_a_storage_once_and_until_it_is_freed(tracing):
         assert tracker.live_bytes == 8000
         del view, second
         assert (tracker.live_bytes, tracker.peak_bytes) == (0, 8000)
+
+
+def test_fake_tensors_allocate_what_real_ones_do(tracing, monkeypatch):
+    lora, settings = LoraShape(rank=4, targets=("attn2.to_k", "ffn.net.2")), tracing.TraceSettings()
+    fake, _, _ = tracing.trace_memory(TINY, lora, SMALL, settings)
+    monkeypatch.setattr(tracing, "fake_tensors", nullcontext)
+    real, _, _ = tracing.trace_memory(TINY, lora, SMALL, settings)
+    assert fake == pytest.approx(real, rel=1e-3)
 
 
 def test_what_is_kept_smaller_or_elsewhere_is_not_on_the_gpu():
@@ -365,6 +374,7 @@ def test_the_page_keeps_to_the_terminal_and_needs_no_colour(width):
         (["--gpu", "fast"], "--gpu 'fast'"),
         (["lora.rang=8"], "did you mean rank?"),
         (["model.base=nobody/nothing"], "are not known before it has been downloaded"),
+        (["lora.targets=['proj_out']"], "lora.targets: 'proj_out' is no linear of a block"),
         (["model.base=/nowhere"], "neither a folder nor a Hub repository"),
     ],
 )
@@ -380,7 +390,8 @@ def test_a_trace_is_printed_beside_the_calculation(capsys):
     assert code == 0
     for row in json.loads(out)["steps"]:
         assert row["flops"] == row["exact"]["flops"]
-        assert row["peak_bytes"] / row["exact"]["peak_bytes"] == pytest.approx(1.0, abs=0.01)
+        # A few megabytes, most of them the text's 512 rows beside 48 tokens, whose moments are reckoned roughly.
+        assert row["peak_bytes"] / row["exact"]["peak_bytes"] == pytest.approx(1.0, abs=0.1)
 
 
 def fresh(*arguments: str) -> tuple[float, set[str]]:

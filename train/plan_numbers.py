@@ -5,10 +5,11 @@ import os
 from data.buckets import Bucket
 from data.config import SourceConfig
 from wan_finetune.activations import Precision
-from wan_finetune.costs import FP32_BYTES, Checkpointing, LoraShape, MicroBatch
+from wan_finetune.costs import FP32_BYTES, Checkpointing, LoraShape, MicroBatch, block_linears
 from wan_finetune.errors import InputError
 from wan_finetune.experts import EXPERTS, ExpertName
-from wan_finetune.spec import TEXT_TOKENS
+from wan_finetune.lora import LoraSettings
+from wan_finetune.spec import TEXT_TOKENS, TransformerDims
 from wan_finetune.step_memory import MemoryPolicy
 
 from .config import Config
@@ -36,7 +37,7 @@ def run_numbers(config: Config) -> RunNumbers:
         dims=base.dims,
         precision=precision_of(config),
         gradient_accumulation=config.train.gradient_accumulation,
-        experts=tuple(expert_numbers(config, name) for name in EXPERTS if name in config.train.experts),
+        experts=tuple(expert_numbers(config, name, base.dims) for name in EXPERTS if name in config.train.experts),
     )
     return RunNumbers(
         name=config.run.name,
@@ -70,7 +71,7 @@ def checkpointing_of(config: Config, bucket: Bucket) -> Checkpointing:
     return config.memory.checkpointing
 
 
-def expert_numbers(config: Config, name: ExpertName) -> ExpertNumbers:
+def expert_numbers(config: Config, name: ExpertName, dims: TransformerDims) -> ExpertNumbers:
     """One expert's training in numbers."""
     expert = config.expert(name)
     buckets = buckets_of(config, name)
@@ -82,7 +83,7 @@ def expert_numbers(config: Config, name: ExpertName) -> ExpertNumbers:
     return ExpertNumbers(
         name=name,
         steps=expert.steps,
-        lora=LoraShape(rank=expert.lora.rank, targets=expert.lora.targets, dropout=expert.lora.dropout),
+        lora=lora_shape(expert.lora, dims),
         policy=memory_policy(config, name),
         buckets=tuple(
             BucketNumbers(
@@ -91,6 +92,22 @@ def expert_numbers(config: Config, name: ExpertName) -> ExpertNumbers:
             for bucket in buckets
         ),
     )
+
+
+def lora_shape(lora: LoraSettings, dims: TransformerDims) -> LoraShape:
+    """A LoRA in numbers.
+
+    Raises:
+        InputError: a target outside the blocks' linears, whose cost is not known here.
+    """
+    for target in lora.targets:
+        alone = LoraShape(rank=1, targets=(target,))
+        if not any(rank for layer in range(dims.num_layers) for rank in alone.ranks(layer, dims).values()):
+            raise InputError(
+                f"lora.targets: {target!r} is no linear of a block, and others cannot be planned; known are "
+                f"{', '.join(block_linears(dims))}"
+            )
+    return LoraShape(rank=lora.rank, targets=lora.targets, dropout=lora.dropout)
 
 
 def buckets_of(config: Config, name: ExpertName) -> list[Bucket]:
