@@ -344,7 +344,35 @@ def run_main(capsys, *arguments: str) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-def test_the_command_plans_both_configurations_that_are_shipped(capsys):
+@pytest.fixture
+def without_gpu(monkeypatch):
+    monkeypatch.setattr("train.hardware.nvidia_gpus", lambda: [])
+
+
+def test_without_a_gpu_the_steps_are_in_host_memory(capsys, without_gpu):
+    def plan(*overrides: str) -> dict:
+        return json.loads(run_main(capsys, "--config", ROOT / "configs" / "pocket.toml", "--json", *overrides)[1])
+
+    large, small = plan("train.batch_size=64"), plan("train.batch_size=32")
+    peaks = [found["steps"][0]["peak_bytes"] for found in (large, small)]
+    assert large["host_bytes"]["training"] - small["host_bytes"]["training"] == peaks[0] - peaks[1] > 0
+    assert large["stages"] == [] and large["steps"][0]["fits"] is None
+
+
+def test_the_smallest_gpu_that_is_there_is_planned_for(capsys, monkeypatch):
+    there = [("NVIDIA H100 80GB HBM3", 80 * GIB), ("NVIDIA L40S", 45 * GIB)]
+    monkeypatch.setattr("train.hardware.nvidia_gpus", lambda: there)
+    code, out, _ = run_main(capsys, "--config", ROOT / "configs" / "a14b.toml", "--json")
+    plan = json.loads(out)
+    assert (plan["gpu"]["title"], plan["gpu"]["count"], plan["rates"]["name"]) == ("NVIDIA L40S", 2, "L40S")
+    assert plan["gpu"]["memory_bytes"] == 45 * GIB and {row["fits"] for row in plan["steps"]} == {False, True}
+    # This machine's own memory is asked as well, which two processes and two denoisers fill.
+    monkeypatch.setattr("train.hardware.host_memory_bytes", lambda: 60 * GIB)
+    code, out, _ = run_main(capsys, "--config", ROOT / "configs" / "a14b.toml", "--json")
+    assert code == 1 and "host memory while previews" in json.loads(out)["does_not_fit"]
+
+
+def test_the_command_plans_both_configurations_that_are_shipped(capsys, without_gpu):
     code, out, _ = run_main(capsys, "--config", ROOT / "configs" / "pocket.toml")
     assert code == 0 and "Fits this machine" in out and "64x64x9" in out
     code, out, _ = run_main(capsys, "--config", ROOT / "configs" / "a14b.toml", "--gpu", "24GiB")

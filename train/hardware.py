@@ -111,15 +111,20 @@ def class_of_size(gib: float) -> GpuClass:
     )
 
 
-def find_hardware() -> Hardware:
-    """The GPUs of this machine, as the driver names them, or its CPU."""
+def nvidia_gpus() -> list[tuple[str, float]]:
+    """Name and memory in bytes of every GPU that NVIDIA's driver knows; none where there is no driver."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
         rows = [line.rsplit(",", 1) for line in answer.splitlines() if line.strip()]
-        gpus = [(name.strip(), float(mebibytes) * 2**20) for name, mebibytes in rows]
+        return [(name.strip(), float(mebibytes) * 2**20) for name, mebibytes in rows]
     except (OSError, subprocess.SubprocessError, ValueError):
-        gpus = []
+        return []
+
+
+def find_hardware() -> Hardware:
+    """The GPUs of this machine, or its CPU."""
+    gpus = nvidia_gpus()
     if not gpus:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         rate = cores * CPU_TFLOPS_PER_CORE

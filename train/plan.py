@@ -80,7 +80,7 @@ def make_plan(arguments: argparse.Namespace) -> "Plan":
         run=run,
         hardware=hardware,
         rows=rows,
-        provisions=provide(run, hardware),
+        provisions=provide(run, hardware, max(row.peak_bytes for row in rows)),
         seconds=total_seconds(run.training, rows),
         host_memory_bytes=host_memory_bytes() if hardware.is_there else None,
         free_disk_bytes=free_disk_bytes(config.run.folder) if hardware.is_there else None,

@@ -79,11 +79,11 @@ class Provisions:
     sampling_seconds: float
 
 
-def provide(run: RunNumbers, hardware: Hardware) -> Provisions:
-    """Everything but the steps."""
+def provide(run: RunNumbers, hardware: Hardware, step_bytes: float) -> Provisions:
+    """Everything but the steps, of which the largest takes `step_bytes`."""
     return Provisions(
         stages=stages(run, hardware),
-        host_bytes=host_bytes(run, hardware),
+        host_bytes=host_bytes(run, hardware, step_bytes),
         disk_bytes=disk_bytes(run),
         sampling_seconds=sampling_seconds(run, hardware),
     )
@@ -105,8 +105,8 @@ def stages(run: RunNumbers, hardware: Hardware) -> tuple[Stage, ...]:
     )
 
 
-def host_bytes(run: RunNumbers, hardware: Hardware) -> dict[str, float]:
-    """RAM by stage, all processes of this machine together."""
+def host_bytes(run: RunNumbers, hardware: Hardware, step_bytes: float) -> dict[str, float]:
+    """RAM by stage, all processes of this machine together; without a GPU the steps are in it as well."""
     training = run.training
     dims, precision = training.dims, training.precision
     processes = hardware.count * PROCESS_BYTES if hardware.has_gpu else GIB
@@ -124,7 +124,10 @@ def host_bytes(run: RunNumbers, hardware: Hardware) -> dict[str, float]:
     sampled = 2 if hardware.has_gpu else 4
     pipeline = run.base.num_denoisers * base_bytes(dims, sampled, "none")
     pipeline += run.base.text_encoder_parameters * sampled + VAE_PARAMETERS * FP32_BYTES * run.base.has_wan_vae
-    needs = {"encoding": processes + encoder, "training": processes + max(pinned, loading)}
+    needs = {
+        "encoding": processes + encoder,
+        "training": processes + max(pinned, loading, 0.0 if hardware.has_gpu else step_bytes),
+    }
     if run.sampling.clips:
         needs["previews"] = processes + pipeline
     return needs
