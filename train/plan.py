@@ -150,6 +150,7 @@ def as_json(plan: "Plan") -> dict[str, object]:
     return {
         "run": plan.run.name,
         "base": plan.run.base.title,
+        "notes": plan.run.notes,
         "gpu": {"title": plan.hardware.title, "count": plan.hardware.count, "memory_bytes": plan.hardware.memory_bytes},
         "rates": asdict(plan.hardware.rates),
         "steps": rows,

@@ -1,6 +1,7 @@
 """From a configuration to the numbers that a plan is made of: the one place of the planner that knows `Config`."""
 
 import os
+from dataclasses import replace
 
 from data.buckets import Bucket
 from data.config import SourceConfig
@@ -8,7 +9,7 @@ from wan_finetune.activations import Precision
 from wan_finetune.costs import FP32_BYTES, Checkpointing, LoraShape, MicroBatch, block_linears
 from wan_finetune.errors import InputError
 from wan_finetune.experts import EXPERTS, ExpertName
-from wan_finetune.lora import LoraSettings
+from wan_finetune.lora import LoraSettings, layout, targeted
 from wan_finetune.spec import TEXT_TOKENS, TransformerDims
 from wan_finetune.step_memory import MemoryPolicy
 
@@ -17,8 +18,16 @@ from .planned_base import BaseFacts, base_facts
 from .planning import BucketNumbers, ExpertNumbers, TrainingNumbers
 from .provisions import DataNumbers, RunNumbers, SamplingNumbers
 
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2}
-"""Optimizer states of a trainable weight."""
+OPTIMIZER_BYTES = {
+    "adamw": 8,
+    "adamw8bit": 2,
+    "paged_adamw8bit": 2,
+    "adafactor": 0,
+    "muon": 4,
+    "prodigy": 16,
+    "schedulefree": 8,
+}
+"""Optimizer states of a trainable weight; adafactor's are rows and columns."""
 
 
 def run_numbers(config: Config) -> RunNumbers:
@@ -46,6 +55,7 @@ def run_numbers(config: Config) -> RunNumbers:
         sampling=sampling_numbers(config),
         data=data_numbers(config, base),
         keep_checkpoints=config.train.keep_checkpoints,
+        notes=notes_of(config),
     )
 
 
@@ -60,8 +70,10 @@ def precision_of(config: Config) -> Precision:
 
 def memory_policy(config: Config, name: ExpertName) -> MemoryPolicy:
     """The [memory] table, checkpointing apart, which each bucket may have its own of."""
+    optimizer = config.expert(name).optimizer
+    states = OPTIMIZER_BYTES.get(optimizer.name, OPTIMIZER_BYTES["adamw"])
     return MemoryPolicy(
-        optimizer_bytes=OPTIMIZER_BYTES[config.expert(name).optimizer.name],
+        optimizer_bytes=states + (FP32_BYTES if optimizer.ema_decay else 0),
         accumulates=config.train.gradient_accumulation > 1,
     )
 
@@ -98,16 +110,30 @@ def lora_shape(lora: LoraSettings, dims: TransformerDims) -> LoraShape:
     """A LoRA in numbers.
 
     Raises:
-        InputError: a target outside the blocks' linears, whose cost is not known here.
+        InputError: a name that reaches no linear of a block.
     """
-    for target in lora.targets:
-        alone = LoraShape(rank=1, targets=(target,))
-        if not any(rank for layer in range(dims.num_layers) for rank in alone.ranks(layer, dims).values()):
-            raise InputError(
-                f"lora.targets: {target!r} is no linear of a block, and others cannot be planned; known are "
-                f"{', '.join(block_linears(dims))}"
-            )
-    return LoraShape(rank=lora.rank, targets=lora.targets, dropout=lora.dropout)
+    names = [f"blocks.{layer}.{name}" for layer in range(dims.num_layers) for name in block_linears(dims)]
+    modules = {name: rank for name, (rank, _) in layout(targeted(names, lora), lora).items()}
+    plain = LoraShape(rank=lora.rank, targets=lora.targets, dropout=lora.dropout)
+    said = {
+        f"blocks.{layer}.{name}": rank
+        for layer in range(dims.num_layers)
+        for name, rank in plain.ranks(layer, dims).items()
+        if rank
+    }
+    return plain if said == modules else replace(plain, modules=tuple(modules.items()))
+
+
+def notes_of(config: Config) -> tuple[str, ...]:
+    """What the configuration asks for and the figures leave out."""
+    experts = {name: config.expert(name) for name in config.train.experts}
+    notes = [
+        f"{name}: lora.dora takes more memory and time than is counted" for name, e in experts.items() if e.lora.dora
+    ]
+    for name, expert in experts.items():
+        if expert.optimizer.name not in OPTIMIZER_BYTES:
+            notes.append(f"{name}: the states of {expert.optimizer.name} are taken for AdamW's, 8 bytes a weight")
+    return tuple(notes)
 
 
 def buckets_of(config: Config, name: ExpertName) -> list[Bucket]:

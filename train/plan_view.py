@@ -117,17 +117,20 @@ def show_head(plan: Plan, console: Console) -> None:
         f"  base    {base.title}, {denoisers} of {count(parameters)} parameters", highlight=False, markup=False
     )
     for expert in training.experts:
-        linears = sum(
-            rank > 0 for n in range(training.dims.num_layers) for rank in expert.lora.ranks(n, training.dims).values()
-        )
+        carried = [
+            r for n in range(training.dims.num_layers) for r in expert.lora.ranks(n, training.dims).values() if r
+        ]
+        ranks = ", ".join(map(str, sorted(set(carried))))
         weights = count(lora_parameters(training.dims, expert.lora))
-        text = f"LoRA of rank {expert.lora.rank} on {linears} linears: {weights} weights, {expert.steps} steps"
+        text = f"LoRA of rank {ranks} on {len(carried)} linears: {weights} weights, {expert.steps} steps"
         console.print(f"  {expert.name:<6}  {text}", highlight=False, markup=False)
     console.print(f"  dtypes  {lora_precision(training.precision)}", highlight=False, markup=False)
     hardware = plan.hardware
     number = f"{hardware.count} x " if hardware.count > 1 else ""
     memory = "" if hardware.memory_bytes is None else f", {gib(hardware.memory_bytes)} GiB"
     memory += " each" if hardware.count > 1 else ""
+    for note in plan.run.notes:
+        console.print(f"  note    {note}", highlight=False, markup=False)
     console.print(f"  on      {number}{hardware.title}{memory}", highlight=False, markup=False)
 
 

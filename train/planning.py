@@ -191,15 +191,18 @@ def find_levers(
 def single_changes(policy: MemoryPolicy, dims: TransformerDims, hardware: Hardware) -> list[tuple[str, MemoryPolicy]]:
     """Every setting that takes less memory than the present one, alone."""
     changes: list[tuple[str, MemoryPolicy]] = []
-    for quantization in ("fp8", "int8", "nf4"):
+    # Without checkpointing every weight that is unpacked would stay, and streamed ones would be gone when needed.
+    recomputes = policy.checkpointing != "none"
+    for quantization in ("fp8", "int8", "nf4") if recomputes else ("nf4",):
         changes.append((f'memory.quantization = "{quantization}"', replace(policy, quantization=quantization)))
     for checkpointing in ("selective", "full", "offloaded"):
         changes.append((f'memory.checkpointing = "{checkpointing}"', replace(policy, checkpointing=checkpointing)))
-    for blocks in (dims.num_layers // 2, dims.num_layers):
+    streams = recomputes and policy.resident_denoisers == 1 and policy.quantization != "int8"
+    for blocks in (dims.num_layers // 2, dims.num_layers) if streams else ():
         changes.append((f"memory.stream_blocks = {blocks}", replace(policy, stream_blocks=blocks)))
     if policy.resident_denoisers > 1:
         changes.append(('memory.resident = "one"', replace(policy, resident_denoisers=1)))
-    if hardware.count > policy.shards:
+    if hardware.count > policy.shards and policy.quantization == "none":
         changes.append((f"FSDP over the {hardware.count} GPUs", replace(policy, shards=hardware.count)))
     return [(change, changed) for change, changed in changes if changed != policy]
 
@@ -212,10 +215,20 @@ def sets_of_changes(policy: MemoryPolicy, dims: TransformerDims, hardware: Hardw
     shards = sorted({policy.shards, hardware.count})
     sets = []
     for quantization, checkpointing, streamed, sharded in itertools.product(quantizations, policies, blocks, shards):
-        if streamed and sharded > 1:
+        # What `wan_finetune/memory` refuses is not offered.
+        if sharded > 1 and (streamed or quantization != "none"):
+            continue
+        if streamed and (quantization == "int8" or checkpointing == "none"):
+            continue
+        if quantization == "fp8" and checkpointing == "none":
             continue
         changed = replace(
-            policy, quantization=quantization, checkpointing=checkpointing, stream_blocks=streamed, shards=sharded
+            policy,
+            quantization=quantization,
+            checkpointing=checkpointing,
+            stream_blocks=streamed,
+            shards=sharded,
+            resident_denoisers=1,
         )  # fmt: skip
         parts = []
         if quantization != policy.quantization:
@@ -226,6 +239,8 @@ def sets_of_changes(policy: MemoryPolicy, dims: TransformerDims, hardware: Hardw
             parts.append(f"memory.stream_blocks = {streamed}")
         if sharded != policy.shards:
             parts.append(f"FSDP over the {sharded} GPUs")
+        if policy.resident_denoisers > 1:
+            parts.append('memory.resident = "one"')
         if parts:
             sets.append((" + ".join(parts), changed))
     return sets

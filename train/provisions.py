@@ -58,6 +58,8 @@ class RunNumbers:
     sampling: SamplingNumbers
     data: DataNumbers
     keep_checkpoints: int
+    notes: tuple[str, ...] = ()
+    """What the figures leave out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

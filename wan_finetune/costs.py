@@ -16,8 +16,9 @@ Quantization = Literal["none", "fp8", "int8", "nf4"]
 
 FP32_BYTES = 4
 
-QUANTIZED_BYTES: Mapping[Quantization, float] = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
-"""Bytes a weight of a block's linears takes; nf4 keeps an fp32 scale for every 64 of them."""
+QUANTIZED_BYTES: Mapping[Quantization, float] = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+"""Bytes a weight of a block's linears takes; nf4 keeps a scale of a byte for every 64
+of them, and one of four for every 256 scales."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +29,13 @@ class LoraShape:
     targets: tuple[str, ...]
     """Linears by the end of their names, as PEFT matches them."""
     dropout: float = 0.0
+    modules: tuple[tuple[str, int], ...] = ()
+    """Full names and ranks, such as ("blocks.3.attn1.to_q", 16), where blocks or linears differ; then rank and targets
+    have no part."""
+
+    def is_uniform(self, dims: TransformerDims) -> bool:
+        """Whether all blocks carry the same."""
+        return len({tuple(self.ranks(layer, dims).values()) for layer in range(dims.num_layers)}) == 1
 
     def ranks(self, layer: int, dims: TransformerDims) -> Mapping[str, int]:
         """The rank of every linear of a block, 0 where it carries no LoRA."""
@@ -63,6 +71,9 @@ class MicroBatch:
 
 @functools.cache
 def _ranks(lora: LoraShape, layer: int, dims: TransformerDims) -> Mapping[str, int]:
+    if lora.modules:
+        given = dict(lora.modules)
+        return {name: given.get(f"blocks.{layer}.{name}", 0) for name in block_linears(dims)}
     ends = tuple(f".{target}" for target in lora.targets)
     return {name: lora.rank if f".blocks.{layer}.{name}".endswith(ends) else 0 for name in block_linears(dims)}
 

@@ -65,9 +65,9 @@ def trace_step(dims: TransformerDims, lora: LoraShape, batch: MicroBatch, settin
 def trace_at_depth(dims: TransformerDims, lora: LoraShape, batch: MicroBatch, settings: TraceSettings) -> Traced:
     """A step of all `dims.num_layers`, extrapolated from 2 and 4 layers, which is exact: blocks are all alike.
 
-    Every target must therefore be the same in every block.
+    Where LoRA differs from block to block, all of them are traced.
     """
-    if dims.num_layers <= 4:
+    if dims.num_layers <= 4 or not lora.is_uniform(dims):
         return trace_step(dims, lora, batch, settings)
     two, four = (asdict(trace_step(replace(dims, num_layers=n), lora, batch, settings)) for n in (2, 4))
     return Traced(**{key: two[key] + (four[key] - two[key]) * (dims.num_layers - 2) // 2 for key in two})
@@ -171,11 +171,19 @@ def build(dims: TransformerDims, lora: LoraShape, settings: TraceSettings) -> nn
         for name, parameter in model.named_parameters():
             kept = any(part in model._keep_in_fp32_modules for part in name.split("."))
             parameter.data = parameter.data.to(torch.float32 if kept else settings.base_dtype)
-        model.add_adapter(LoraConfig(r=lora.rank, lora_dropout=lora.dropout, target_modules=list(lora.targets)))
+        model.add_adapter(LoraConfig(lora_dropout=lora.dropout, **injected(lora, dims)))
     cast_training_params(model, torch.float32)
     if settings.checkpointing != "none":
         model.enable_gradient_checkpointing(checkpoint_function(settings.checkpointing))
     return model.train()
+
+
+def injected(lora: LoraShape, dims: TransformerDims) -> dict[str, Any]:
+    """PEFT's arguments that say where LoRA goes, and of which rank."""
+    if not lora.modules:
+        return {"r": lora.rank, "target_modules": list(lora.targets)}
+    there = {name: rank for name, rank in lora.modules if int(name.split(".")[1]) < dims.num_layers}
+    return {"r": lora.rank, "target_modules": list(there), "rank_pattern": {f"^{n}": r for n, r in there.items()}}
 
 
 def checkpoint_function(checkpointing: Checkpointing) -> Callable[..., Any]:
