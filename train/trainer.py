@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from data.batches import Batch, Chosen, ExpertBatches, TrainingData
 from data.buckets import Bucket
 from data.prefetching import Prefetcher
-from wan_finetune.adapters import inject_lora, lora_weights, set_lora_weights
+from wan_finetune.adapters import inject_lora, set_lora_weights
 from wan_finetune.encoders import latent_statistics, pad_text
 from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio, load_expert
 from wan_finetune.flow import add_noise, timestep, velocity
@@ -23,6 +22,7 @@ from wan_finetune.flow import add_noise, timestep, velocity
 from .config import Config
 from .objective import Draws, draw
 from .optim import learning_rate, make_optimizer
+from .parallel import parallelize
 
 
 @dataclass(kw_only=True)
@@ -86,12 +86,11 @@ class ExpertTrainer:
             model.enable_gradient_checkpointing()
         if state.weights:
             set_lora_weights(model, state.weights)
-        model.to(accelerator.device).train()
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = make_optimizer(self.parameters, self.settings.optimizer)
-        if state.optimizer:
-            optimizer.load_state_dict(state.optimizer)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        model.train()
+        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], self.settings.optimizer)
+        clip = self.settings.optimizer.gradient_clip
+        self.parallel = parallelize(accelerator, model, optimizer, state.optimizer, clip)
+        self.model, self.optimizer = self.parallel.model, self.parallel.optimizer
 
     def take_step(self) -> StepRecord:
         """One optimizer step on the global batch of this step.
@@ -107,21 +106,17 @@ class ExpertTrainer:
         loss = torch.zeros((), device=self.accelerator.device)
         work = self.prefetcher.take(step)
         for index in range(accumulation):
-            last = index == accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.parallel.micro_batch(last=index == accumulation - 1):
                 part = self.micro_batch_loss(work, step, index) / accumulation
-                self.accelerator.backward(part)
+                self.parallel.backward(part)
             loss += part.detach()
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.optimizer.gradient_clip)
-        loss_value, norm_value = self.accelerator.reduce(torch.stack([loss, norm.to(loss)]), "mean").tolist()
+        loss_value, norm_value = self.parallel.update(loss)
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise FloatingPointError(
                 f"{self.expert} expert, step {step + 1}: loss {loss_value}, gradient norm {norm_value}; samples: "
                 f"{', '.join(sorted({place.sample.clip for place in work.places}))}. Nothing was updated; a lower "
                 f"learning rate ({self.expert}.learning_rate) or leaving out a damaged clip helps"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         return StepRecord(
             expert=self.expert,
@@ -174,17 +169,15 @@ class ExpertTrainer:
 
     def save_state(self) -> None:
         """Bring `state` up to date: weights and optimizer, copied to the CPU."""
-        self.state.weights = lora_weights(self.accelerator.unwrap_model(self.model))
-        self.state.optimizer = self.optimizer.state_dict()
+        self.state.weights = self.parallel.weights()
+        self.state.optimizer = self.parallel.optimizer_state()
 
     def close(self) -> None:
         """Give the device's memory back; the state stays."""
         self.prefetcher.close()
         self.save_state()
-        self.state.optimizer = _on_cpu(self.state.optimizer)
         self.model = self.optimizer = None
-        self.parameters = []
-        self.accelerator.free_memory()
+        self.parallel.close()
 
 
 def flow_matching_error(
@@ -211,13 +204,3 @@ def weighted_loss(errors: Tensor, masks: Tensor | None, weights: Tensor) -> Tens
         # A window that its mask hides all through has nothing to teach.
         clips = (places * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3)).clamp_min(1e-6)
     return (clips * weights.to(clips)).mean()
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_on_cpu(item) for item in value]
-    return value
