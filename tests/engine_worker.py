@@ -8,12 +8,14 @@ import os
 import sys
 import time
 import traceback
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 
+from data.prefetching import Prefetcher
 from train.checkpoint import load_state, save_checkpoint
 from train.config import Config
 from train.engine import engine_name, make_accelerator
@@ -50,13 +52,40 @@ def start_anew(variables: dict[str, str]) -> None:
     GradientState._reset_state()
 
 
-def train_expert(config: Config, expert: str, start: Path | None, steps: int, result: Path) -> dict:
+def spoil(trainer: ExpertTrainer, what: str) -> None:
+    """Make the second step of this process go wrong."""
+    load = trainer.load_step
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+
+    def load_step(step):
+        work = load(step)
+        if step == 1 and what == "latents":
+            work.micro_batches[-1].latents[0, 0, 0, 0, 0] = float("nan")
+        return work
+
+    trainer.prefetcher = Prefetcher(load_step)
+    if what == "gradient":
+        trained[0].register_hook(lambda gradient: gradient * float("inf") if trainer.state.step == 1 else gradient)
+
+
+def train_expert(
+    config: Config, expert: str, start: Path | None, steps: int, result: Path, spoiled: str = "", of_rank: int = 0
+) -> dict:
     """Take some steps of one expert, from a checkpoint's folder or from nothing, and leave a checkpoint in `result`."""
     accelerator = make_accelerator(config)
     data = prepare_data(config, accelerator)
     state = load_state(start / expert) if start is not None else ExpertState()
     trainer = ExpertTrainer(config, expert, state, base_folder(config.model.base), data, accelerator)
-    records = [asdict(trainer.take_step()) for _ in range(steps)]
+    if spoiled and accelerator.process_index == of_rank:
+        spoil(trainer, spoiled)
+    records, stopped = [], ""
+    try:
+        for _ in range(steps):
+            records.append(asdict(trainer.take_step()))
+    except FloatingPointError as error:
+        stopped = str(error)
+    dtypes = {name: str(parameter.dtype) for name, parameter in trainer.parallel.module.named_parameters()}
+    model = weakref.ref(trainer.parallel.module)
     trainer.close()
     if accelerator.is_main_process:
         save_checkpoint(result, {expert: state}, "fingerprint", keep=2)
@@ -67,6 +96,9 @@ def train_expert(config: Config, expert: str, start: Path | None, steps: int, re
         "losses": [record["loss"] for record in records],
         "norms": [record["gradient_norm"] for record in records],
         "rates": [record["learning_rate"] for record in records],
+        "stopped": stopped,
+        "dtypes": dtypes,
+        "freed": model() is None,
     }
 
 
@@ -85,7 +117,7 @@ def serve(folder: Path) -> None:
             let_engines_run_on_a_cpu()
             start = Path(job["start"]) if job["start"] else None
             config = Config.model_validate(job["config"])
-            outcome = train_expert(config, job["expert"], start, job["steps"], Path(job["result"]))
+            outcome = train_expert(config, job["expert"], start, job["steps"], Path(job["result"]), job["spoiled"], 1)
         except BaseException:
             outcome = {"error": traceback.format_exc()}
         partial = folder / f"partial-{number}-{rank}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -114,6 +115,8 @@ class Parallel:
         """Give the device's memory back."""
         self.model = self.optimizer = None
         self.accelerator.free_memory()
+        # accelerate collects garbage before it lets go of the model, whose wrapped forward refers to the model itself.
+        clear_device_cache(garbage_collection=True)
 
 
 class FullyShardedParallel(Parallel):
@@ -139,10 +142,10 @@ class ZeroParallel(Parallel):
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         self.stage = settings["zero_optimization"]["stage"]
         if self.stage == 3:
-            from deepspeed.zero import Init
+            import deepspeed
 
             # Cut up here, weight by weight: DeepSpeed would first put the whole expert on every card.
-            Init(module=model, config_dict_or_path=settings, dtype=torch.float32)
+            deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=torch.float32)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         if state:
             self.load_optimizer_state(state)
