@@ -48,6 +48,11 @@ def start_anew(variables: dict[str, str]) -> None:
     for name in [name for name in os.environ if name.startswith(LAUNCHERS_VARIABLES)]:
         del os.environ[name]
     os.environ.update(variables)
+    forget_accelerator()
+
+
+def forget_accelerator() -> None:
+    """accelerate keeps one state a process, which no second configuration may change."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -98,7 +103,7 @@ def train_expert(
         "rates": [record["learning_rate"] for record in records],
         "stopped": stopped,
         "dtypes": dtypes,
-        "freed": model() is None,
+        "freed": model() is None or not any(p.numel() + p.ds_tensor.numel() for p in model().parameters()),
     }
 
 

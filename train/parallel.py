@@ -219,6 +219,20 @@ class ZeroParallel(Parallel):
                 else:
                     safe_set_full_optimizer_state(parameter, value, key)
 
+    def close(self) -> None:
+        self.groups = []
+        parameters = list(self.module.parameters()) if self.stage == 3 else []
+        super().close()
+        # DeepSpeed's partitioned weights outlive their engine, by its hooks and by a list of the whole process: what
+        # they hold on the card is let go by hand.
+        for parameter in parameters:
+            parameter.data = parameter.ds_tensor.data = torch.empty(0, dtype=parameter.dtype)
+        if parameters:
+            from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+            FWD_MODULE_STACK.clear()
+            clear_device_cache()
+
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that are trained, by name."""
