@@ -27,7 +27,7 @@ LAUNCHERS_VARIABLES = ("ACCELERATE_", "FSDP_", "DEEPSPEED_")
 
 
 def let_engines_run_on_a_cpu() -> None:
-    """accelerate gives FSDP2 and DeepSpeed to accelerators alone; both run on a CPU, through gloo, when it is told so."""
+    """accelerate gives FSDP2 and DeepSpeed to GPUs alone; both run on a CPU, through gloo, when it is told so."""
 
     def prepare_backend(self, cpu=False, sagemaker_dp=False, backend=None):
         sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"

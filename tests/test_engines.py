@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -17,15 +19,21 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from tests.engine_worker import LAUNCHERS_VARIABLES, forget_accelerator, train_expert
 from train.checkpoint import found, load_state
 from train.config import Config
-from train.job import make_adapter
+from train.engine import make_accelerator
+from train.job import make_adapter, train_experts
 from train.optim import learning_rate
+from train.precompute import prepare_data
+from train.signals import StopRequest
+from train.tracking import Metrics
 from train.trainer import ExpertState
 from wan_finetune.adapters import dead_modules
+from wan_finetune.experts import base_folder
 from wan_finetune.export import verify_adapter_folder, write_adapter_folder
+from wan_finetune.formats import diffusers as diffusers_format
 from wan_finetune.settings import load_settings
 
 ROOT = Path(__file__).parent.parent
-ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+ENGINES = ("ddp", "fsdp2", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow))
 EXACT = ("ddp", "fsdp2", "zero2")
 """Engines in which two processes do the very additions that one does, in the same order."""
 
@@ -97,7 +105,9 @@ class Pair:
         done = [self.folder / f"done-{number}-{rank}.json" for rank in range(2)]
         deadline = time.monotonic() + timeout_seconds
         while not all(file.exists() for file in done):
-            assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "log").read_text()[-5000:]
+            assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "log").read_text()[
+                -5000:
+            ]
             time.sleep(0.02)
         outcomes = [json.loads(file.read_text()) for file in done]
         assert not any("error" in outcome for outcome in outcomes), "\n".join(o.get("error", "") for o in outcomes)
@@ -210,6 +220,7 @@ def test_two_processes_under_any_engine_train_what_one_does(pair, make_config, r
     verify_adapter_folder(config.model.base, tmp_path, [adapter])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_accumulation_and_processes_leave_the_batch_and_the_learning_rate_as_they_are(
     pair, make_config, reference, engine
@@ -223,6 +234,7 @@ def test_accumulation_and_processes_leave_the_batch_and_the_learning_rate_as_the
     assert largest_difference(trained.state, reference.state) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_goes_on_in_two_processes_and_again_in_one(pair, alone, make_config, reference, engine):
     one, two = make_config(*ONE), make_config(*TWO)
@@ -237,6 +249,7 @@ def test_a_run_goes_on_in_two_processes_and_again_in_one(pair, alone, make_confi
     assert losses == pytest.approx(reference.outcome["losses"], abs=1e-6, rel=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
 def test_under_a_sharding_engine_a_resumed_run_ends_as_the_uninterrupted_one(pair, make_config, engine):
     config = make_config(*TWO)
@@ -247,6 +260,7 @@ def test_under_a_sharding_engine_a_resumed_run_ends_as_the_uninterrupted_one(pai
     assert half.outcome["losses"] + resumed.outcome["losses"] == whole.outcome["losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
 def test_the_gradient_is_clipped_once_whoever_clips(pair, alone, make_config, engine):
     # Clipping scales Adam's first moment by as much, and hardly moves the weights.
@@ -260,6 +274,7 @@ def test_the_gradient_is_clipped_once_whoever_clips(pair, alone, make_config, en
         assert torch.allclose(moment, entry["exp_avg"] * factor, rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_in_bf16_the_lora_and_the_time_path_stay_fp32(pair, alone, make_config, engine):
     config = ("model.dtype='bfloat16'", "train.mixed_precision='bf16'", "memory.checkpointing='full'")
@@ -274,6 +289,7 @@ def test_in_bf16_the_lora_and_the_time_path_stay_fp32(pair, alone, make_config, 
     assert trained.outcome["freed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoiled", ["latents", "gradient"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_is_not_finite_in_one_process_stops_both_before_the_update(pair, make_config, engine, spoiled):
@@ -282,3 +298,83 @@ def test_what_is_not_finite_in_one_process_stops_both_before_the_update(pair, ma
     stopped = pair.train(engine, config, 3, spoiled=spoiled)
     assert "high expert, step 2" in stopped.outcome["stopped"]
     assert same(stopped.state, before.state)
+
+
+@pytest.fixture(scope="module")
+def whole_job(make_config) -> dict[str, ExpertState]:
+    """Both experts of the launched runs below, trained in this process."""
+    forget_accelerator()
+    config = make_config("run.name='whole'", *SHORT, *ONE)
+    accelerator = make_accelerator(config)
+    data = prepare_data(config, accelerator)
+    base = base_folder(config.model.base)
+    states = train_experts(config, base, data, Metrics(config, accelerator), accelerator, StopRequest())
+    forget_accelerator()
+    return states
+
+
+SHORT = (
+    *("high.steps=2", "low.steps=2", "train.round_steps=1", "sampling.steps=2"),
+    *("sampling.prompts=['A red square moves up in a desert.']", "sampling.seeds=[0]"),
+    *("evaluation.prompts=['A blue circle moves down in the night sky.']", "evaluation.seeds=[0]"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "zero3", "two_nodes_ddp", "two_nodes_fsdp2"])
+def test_the_whole_job_runs_as_the_shipped_configuration_starts_it(make_config, whole_job, tmp_path, name):
+    # Two experts, two turns each; caches filled by both processes; "nodes" that meet at an address.
+    config = make_config(f"run.folder='{tmp_path}'", f"data.cache='{tmp_path / 'cache'}'", *SHORT, *TWO)
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(config.resolved()))
+    nodes = 2 if name.startswith("two_nodes") else 1
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{name}.yaml"]
+    command += ["--num_processes", "2"]
+    if nodes == 2:
+        command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port := free_port())]
+    processes = []
+    for node in range(nodes):
+        processes.append(
+            subprocess.Popen(
+                [*command, "--machine_rank", str(node), "-m", "tests.engine_launch"]
+                + ["--config", str(tmp_path / "config.toml")],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdout=(tmp_path / f"log-{node}").open("w"),
+                stderr=subprocess.STDOUT,
+            )
+        )
+        # Here the second machine would find itself at the first one's address, and take its place.
+        if node == 0 and nodes == 2:
+            wait_for_port(port)
+    try:
+        codes = [process.wait(300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = [(tmp_path / f"log-{node}").read_text() for node in range(nodes)]
+    assert codes == [0] * nodes, "\n".join(log[-5000:] for log in logs)
+    folder = config.run_folder
+    assert (folder / "report.html").is_file()
+    assert sum("every key matched" in log for log in logs) == 1  # one main process, not one a node
+    for expert, file in {"high": "high_noise", "low": "low_noise"}.items():
+        adapter = diffusers_format.read(folder / "adapter" / f"{file}.safetensors", expert)
+        differences = [(adapter.weights[k] - v).abs().max() for k, v in whole_job[expert].weights.items()]
+        assert float(max(differences)) <= (1e-5 if name == "zero3" else 0)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_for_port(port: int, timeout_seconds: float = 120) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        with socket.socket() as caller:
+            if caller.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    pytest.fail(f"nobody listens on port {port}")
