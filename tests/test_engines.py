@@ -331,18 +331,13 @@ def test_the_whole_job_runs_as_the_shipped_configuration_starts_it(make_config, 
     command += ["--num_processes", "2"]
     if nodes == 2:
         command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port := free_port())]
+    trainer = ["-m", "tests.engine_launch", "--config", str(tmp_path / "config.toml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     processes = []
     for node in range(nodes):
-        processes.append(
-            subprocess.Popen(
-                [*command, "--machine_rank", str(node), "-m", "tests.engine_launch"]
-                + ["--config", str(tmp_path / "config.toml")],
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-                stdout=(tmp_path / f"log-{node}").open("w"),
-                stderr=subprocess.STDOUT,
-            )
-        )
+        arguments = [*command, "--machine_rank", str(node), *trainer]
+        with (tmp_path / f"log-{node}").open("w") as log:
+            processes.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=log))
         # Here the second machine would find itself at the first one's address, and take its place.
         if node == 0 and nodes == 2:
             wait_for_port(port)
@@ -350,7 +345,7 @@ def test_the_whole_job_runs_as_the_shipped_configuration_starts_it(make_config, 
         codes = [process.wait(300) for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            process.terminate()  # which a launcher passes on; those that are done do not mind
     logs = [(tmp_path / f"log-{node}").read_text() for node in range(nodes)]
     assert codes == [0] * nodes, "\n".join(log[-5000:] for log in logs)
     folder = config.run_folder
