@@ -41,11 +41,12 @@ EXACT = ("ddp", "fsdp2", "zero2")
 def launchers_variables(engine: str) -> dict[str, str]:
     """What `accelerate launch` with the shipped configuration sets in each process."""
     file = ROOT / "configs" / "accelerate" / f"{engine}.yaml"
-    arguments, defaults, _ = _validate_launch_command(
+    arguments, defaults, said = _validate_launch_command(
         launch_command_parser().parse_args(["--config_file", str(file), "-m", "train"])
     )
     if arguments.use_deepspeed:
-        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        fields = [*defaults.deepspeed_config, *(["mixed_precision"] if said else [])]
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
         _, environment = prepare_deepspeed_cmd_env(arguments)
     else:
         environment = prepare_multi_gpu_env(arguments)

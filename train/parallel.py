@@ -221,7 +221,7 @@ class ZeroParallel(Parallel):
 
     def close(self) -> None:
         self.groups = []
-        parameters = list(self.module.parameters()) if self.stage == 3 else []
+        parameters: list[Any] = list(self.module.parameters()) if self.stage == 3 else []
         super().close()
         # DeepSpeed's partitioned weights outlive their engine, by its hooks and by a list of the whole process: what
         # they hold on the card is let go by hand.
