@@ -87,6 +87,7 @@ def train_expert(
     try:
         for _ in range(steps):
             records.append(asdict(trainer.take_step()))
+            trainer.save_state()  # as before a checkpoint, which must move nothing
     except FloatingPointError as error:
         stopped = str(error)
     dtypes = {name: str(parameter.dtype) for name, parameter in trainer.parallel.module.named_parameters()}

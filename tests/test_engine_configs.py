@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
+from train import parallel
 from train.config import Config
 from train.engine import deepspeed_fault, engine_name, fsdp_plugin, make_accelerator
 from wan_finetune.errors import InputError
@@ -188,6 +190,14 @@ def test_accelerates_own_accumulation_is_not_heard(config, monkeypatch, no_accel
     accelerator = make_accelerator(config)
     assert isinstance(accelerator, Accelerator) and accelerator.gradient_accumulation_steps == 1
     assert engine_name(accelerator) == "single"
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+def test_an_optimizer_whose_state_cannot_be_cut_up_is_refused(monkeypatch, engine):
+    model = torch.nn.Linear(4, 4)
+    monkeypatch.setattr(parallel, "engine_name", lambda accelerator: engine)
+    with pytest.raises(InputError, match=f"Adafactor does not run under {engine}.*ddp.yaml"):
+        parallel.parallelize(None, model, torch.optim.Adafactor(model.parameters()), {}, 1.0)
 
 
 # --- SLURM -----------------------------------------------------------------------------------------------------------

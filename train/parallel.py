@@ -96,11 +96,10 @@ class Parallel:
         """
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norm = whole(self.accelerator.clip_grad_norm_(parameters, self.gradient_clip))
-        figures = self.accelerator.reduce(torch.stack([loss, norm.to(loss)]), "mean")
-        if torch.isfinite(figures).all():
+        loss_value, norm_value = self.accelerator.reduce(torch.stack([loss, norm.to(loss)]), "mean").tolist()
+        if math.isfinite(loss_value) and math.isfinite(norm_value):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss_value, norm_value = figures.tolist()
         return loss_value, norm_value
 
     def weights(self) -> dict[str, Tensor]:
