@@ -148,7 +148,7 @@ def test_text_is_what_the_pipeline_gives_the_denoiser(tiny_base):
 def test_fewer_processes_than_asked_for_is_an_error(make_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 1))
-    with pytest.raises(InputError, match="asked for 2 processes and accelerate runs 1"):
+    with pytest.raises(InputError, match="asked for 2 processes under ddp and accelerate runs 1"):
         make_accelerator(make_config())
 
 

@@ -18,8 +18,8 @@ def effect_size(model: Module) -> float | None:
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
             weight = layer.get_base_layer().weight
-            update = layer.get_delta_weight("default")
-            if type(weight.data) is not torch.Tensor or not weight.is_floating_point() or weight.shape != update.shape:
+            if type(weight.data) is not torch.Tensor or not weight.is_floating_point() or not weight.numel():
                 return None
+            update = layer.get_delta_weight("default")
             ratios.append(float(update.float().norm() / weight.float().norm()))
     return fmean(ratios) if ratios else None

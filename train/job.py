@@ -22,7 +22,7 @@ from . import showcase
 from .best import keep_best, load_best
 from .checkpoint import resume, save_checkpoint, sole_writer
 from .config import Config
-from .engine import make_accelerator
+from .engine import engine_name, make_accelerator
 from .identity import identity_of
 from .panel import Figures
 from .precompute import prepare_data
@@ -99,7 +99,7 @@ def train_experts(
         if state.step >= stretch.stop or validation.has_stopped(stretch.expert):
             continue
         trainer = ExpertTrainer(config, stretch.expert, state, base, data, accelerator)
-        if accelerator.device.type == "cuda" and state.step == 0:
+        if accelerator.device.type == "cuda" and state.step == 0 and engine_name(accelerator) in ("single", "ddp"):
             trainer.rehearse()
         with stop.deferred():
             stopped = run_stretch(trainer, stretch, metrics, figures, validation, stop, save)
