@@ -399,9 +399,13 @@ def test_the_command_plans_both_configurations_that_are_shipped(capsys, without_
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_page_keeps_to_the_terminal_and_needs_no_colour(width):
     arguments = make_parser().parse_args(["--config", str(ROOT / "configs" / "a14b.toml"), "--gpu", "24GiB"])
+    plan = make_plan(arguments)
+    # One bucket has a policy of its own.
+    other = replace(plan.rows[-1], bucket=replace(plan.rows[-1].bucket, checkpointing="offloaded"))
     page = io.StringIO()
-    show(make_plan(arguments), Console(file=page, width=width))
+    show(replace(plan, rows=[*plan.rows[:-1], other]), Console(file=page, width=width))
     lines = page.getvalue().splitlines()
+    assert any(line.split() == ["offloaded"] for line in lines)
     assert max(map(len, lines)) <= width and "\x1b" not in page.getvalue() and "…" not in page.getvalue()
     cells = next(line.split() for line in lines if line.startswith("high, low 832x480x49"))
     assert cells[-2] == "NO" and cells[3] == "20,280"

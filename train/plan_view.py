@@ -173,19 +173,18 @@ def show_steps(plan: Plan, console: Console) -> None:
     groups = grouped(plan.rows)
     policies = list(dict.fromkeys(group[0].bucket.checkpointing for group in groups))
     kind = "GPU memory" if plan.hardware.has_gpu else "Memory"
-    heading(f"{kind} of a step, GiB (checkpointing: {', '.join(policies)})", console)
+    kept = policies[0] if len(policies) == 1 else "below each bucket"
+    heading(f"{kind} of a step, GiB (checkpointing: {kept})", console)
     table = plain_table()
     table.add_column("expert", no_wrap=True)
     table.add_column("bucket", no_wrap=True)
-    if len(policies) > 1:
-        table.add_column("keeps", no_wrap=True)
     for name in ("tokens", "base", "LoRA", "inputs", "work", "margin", "peak", "fits", "s/step"):
         table.add_column(name, justify="right", no_wrap=True)
     for group in groups[:MOST_ROWS]:
         row, memory = group[0], group[0].memory
         parts = (memory.base + memory.compute_weights, memory.lora, memory.inputs, memory.working, row.margin_bytes)
-        policy = [row.bucket.checkpointing] if len(policies) > 1 else []
-        cells = [experts(group), "\n".join(buckets(group)), *policy, f"{row.bucket.batch.tokens:,}", *map(gib, parts)]
+        names = [*buckets(group), *([f"  {row.bucket.checkpointing}"] if len(policies) > 1 else [])]
+        cells = [experts(group), "\n".join(names), f"{row.bucket.batch.tokens:,}", *map(gib, parts)]
         table.add_row(*cells, f"[bold]{gib(row.peak_bytes)}[/]", word(row.fits), pace(row.seconds))
     console.print(table)
     if len(groups) > MOST_ROWS:
