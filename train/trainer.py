@@ -282,7 +282,7 @@ class ExpertTrainer:
     @contextmanager
     def lora_off(self) -> Iterator[None]:
         """The base alone."""
-        model = self.parallel.module
+        model: Any = self.parallel.module
         model.disable_lora()
         try:
             yield
