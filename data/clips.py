@@ -33,6 +33,7 @@ class Clip:
     source: int
     """Number of its source in the configuration."""
     still: bool
+    """Whether it shows no motion: an image, or a video that fills a bucket of one frame alone."""
     width: int
     """On display, in pixels."""
     height: int
@@ -109,12 +110,11 @@ def make_clip(item: Item, name: str, found: Inspected, span: Span, number: int, 
     if not composed:
         return "its caption is empty; describe the clip in it"
     buckets = config.buckets_of(source)
-    still = info.reader == "pillow"
     long_enough = [b for b in buckets if len(possible_starts(info, span, b, config.fps))]
     if not long_enough:
         return too_short(span, buckets, config.fps)
     bucket = choose_bucket(
-        round(found.content.width), round(found.content.height), still, long_enough, buckets, config.upscale
+        round(found.content.width), round(found.content.height), info.is_still, long_enough, buckets, config.upscale
     )
     if isinstance(bucket, str):
         return bucket
@@ -125,7 +125,7 @@ def make_clip(item: Item, name: str, found: Inspected, span: Span, number: int, 
         path=item.path,
         sha256=found.sha256,
         source=number,
-        still=still,
+        still=bucket.num_frames == 1,
         width=info.width,
         height=info.height,
         box=crop_box(found.content, bucket, source.focus),

@@ -140,7 +140,7 @@ class DataConfig(Settings):
     """Largest bucket in tokens of the denoiser (4x16x16 pixels each); auto buckets keep to it, others are refused."""
     windows: WindowMode = "uniform"
     """Stretches taken from a clip: its `head`, its `centre`, `windows_per_clip` spread from start to end (`uniform`),
-    `all` that fit one after another, or `random`: windows_per_clip of them, one drawn each epoch."""
+    `all` that fit one after another, or `random`: windows_per_clip of them, at least 2, one drawn each epoch."""
     windows_per_clip: int = Field(1, ge=1, le=1000)
     """How many windows `uniform` and `random` take from each clip."""
     upscale: bool = False
@@ -172,6 +172,17 @@ class DataConfig(Settings):
     def _buckets_keep_to_the_budget(self) -> "DataConfig":
         for source in self.sources:
             self.buckets_of(source)
+        return self
+
+    @model_validator(mode="after")
+    def _random_windows_can_be_drawn(self) -> "DataConfig":
+        for source in self.sources:
+            count = source.windows_per_clip or self.windows_per_clip
+            if (source.windows or self.windows) == "random" and count == 1:
+                raise ValueError(
+                    f'windows = "random" draws among windows_per_clip windows, and there is only 1 ({source.title}); '
+                    "set windows_per_clip to 2 or more, such as 4"
+                )
         return self
 
     @model_validator(mode="after")
