@@ -118,8 +118,7 @@ def make_clip(item: Item, name: str, found: Inspected, span: Span, number: int, 
     )
     if isinstance(bucket, str):
         return bucket
-    mode = source.windows or config.windows
-    count = source.windows_per_clip or config.windows_per_clip
+    mode, count = config.windows_of(source)
     return Clip(
         name=name,
         path=item.path,

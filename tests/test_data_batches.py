@@ -117,6 +117,16 @@ def test_stills_go_to_the_low_expert_unless_the_source_says_otherwise(material, 
         clips("low", both)
 
 
+def test_a_video_that_fills_a_bucket_of_one_frame_alone_is_a_still(material, tmp_path):
+    add_clip(tmp_path / "clips", "long.mp4")
+    add_clip(tmp_path / "clips", "short.mp4", num_frames=10, seed=1)
+    config, samples = material(tmp_path / "clips", buckets=["64x64x17", "64x64x1"])
+    assert [(s.clip, str(s.bucket)) for s in samples] == [("long.mp4", "64x64x17"), ("short.mp4", "64x64x1")]
+    high = {p.sample.clip for batch in places_of(config, samples, 20, expert="high") for p in batch}
+    low = {p.sample.clip for batch in places_of(config, samples, 20, expert="low") for p in batch}
+    assert (high, low) == ({"long.mp4"}, {"long.mp4", "short.mp4"})
+
+
 def test_masks_and_weights_come_with_their_clips(material, tmp_path):
     add_clip(tmp_path / "look", "a.mp4")
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "look" / "a.mask.png")
