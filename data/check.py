@@ -48,9 +48,15 @@ def main() -> int:
     if arguments.json:
         from dataclasses import asdict
 
-        print(
-            json.dumps({"clips": [asdict(row) for row in check.rows], "findings": check.findings}, ensure_ascii=False)
-        )
+        from .check_files import bucket_lines
+
+        told = {
+            "clips": [asdict(row) for row in check.rows],
+            "buckets": [asdict(line) for line in bucket_lines(check.rows)],
+            "findings": check.findings,
+            "unusable": check.unusable,
+        }
+        print(json.dumps(told, ensure_ascii=False))
     else:
         tell(check, config, arguments.out)
     return 1 if check.unusable else 0

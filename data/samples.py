@@ -134,8 +134,13 @@ class SampleTable(Sequence[Sample]):
         return Sample.from_row(row)
 
     def column(self, name: str) -> NDArray[Any]:
-        """One column as an array [N]."""
-        return self.table.column(name).to_numpy()
+        """One column as an array [N]; equal texts are one object."""
+        column = self.table.column(name)
+        if not pa.types.is_string(column.type):
+            return column.to_numpy()
+        # A million names of buckets would be a million objects.
+        coded = column.combine_chunks().dictionary_encode()
+        return coded.dictionary.to_numpy(zero_copy_only=False)[coded.indices.to_numpy()]
 
 
 def write_samples(folder: Path, samples: Iterable[Sample]) -> Path:

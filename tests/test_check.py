@@ -86,6 +86,9 @@ def test_what_cannot_be_used_is_exit_1_and_every_doubt_is_named(tmp_path):
     told = json.loads(done.stdout)
     reasons = {row["file"]: row["reason"] for row in told["clips"] if not row["used"]}
     assert list(reasons) == ["short.mp4"] and "too short" in reasons["short.mp4"]
+    assert told["unusable"] == 1
+    (bucket,) = told["buckets"]
+    assert bucket == {"name": "64x64x17", "clips": 7, "samples": 7, "tokens": 5 * 4 * 4}
     findings = {(clip, message) for _, clip, message in told["findings"]}
 
     def said(clip, words):

@@ -75,15 +75,15 @@ def test_captions_are_chosen_by_address_and_dropped_at_the_given_rate(material):
         changed = config.model_copy(update={"caption_dropout": dropout})
         return [p.caption for batch in places_of(changed, samples, 1500) for p in batch if p.sample.clip == "b.mp4"]
 
-    counts = Counter(chosen(0.2))
+    with_dropout, without = chosen(0.2), chosen(0.0)
+    counts = Counter(with_dropout)
     captions = [orders[0] for orders in samples[1].captions]
-    assert chosen(0.2) == chosen(0.2) and set(counts) == {"", *captions} and counts.total() == 1000
+    assert chosen(0.2) == with_dropout and set(counts) == {"", *captions} and counts.total() == 1000
     # Four standard deviations of a binomial of 1000.
     assert abs(counts[""] - 200) < 4 * math.sqrt(1000 * 0.2 * 0.8)
     assert abs(counts[captions[0]] - 400) < 4 * math.sqrt(1000 * 0.4 * 0.6)
-    assert "" not in chosen(0.0) and set(chosen(1.0)) == {""}
-    kept = zip(chosen(0.0), chosen(0.2), strict=True)
-    assert all(with_dropout in ("", without) for without, with_dropout in kept)
+    assert "" not in without and set(chosen(1.0)) == {""}
+    assert all(one in ("", kept) for kept, one in zip(without, with_dropout, strict=True))
 
 
 def test_a_random_window_is_a_function_of_seed_epoch_and_sample(material, tmp_path):
