@@ -133,6 +133,11 @@ class SampleTable(Sequence[Sample]):
         row = {name: column[int(index)].as_py() for name, column in zip(SCHEMA.names, self.table.columns, strict=True)}
         return Sample.from_row(row)
 
+    def __iter__(self) -> Iterator[Sample]:
+        # A row at a time, each cell would be looked up by itself.
+        for batch in self.table.to_batches(max_chunksize=ROWS_AT_ONCE):
+            yield from map(Sample.from_row, batch.to_pylist())
+
     def column(self, name: str) -> NDArray[Any]:
         """One column as an array [N]; equal texts are one object."""
         column = self.table.column(name)

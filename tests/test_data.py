@@ -140,9 +140,11 @@ def lines_of(report):
     return [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
 
 
-def test_each_clip_has_a_line_in_the_report(folder, cache, report, tmp_path):
+def test_each_clip_has_a_line_in_the_report(folder, cache, report, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.samples.ROWS_AT_ONCE", 4)  # so that the table has several parts
     survey = survey_of(config_for(folder, cache=cache, trigger="ACME", windows_per_clip=2), report)
     samples = SampleTable(survey.samples)
+    assert list(samples) == [samples[index] for index in range(6)] == samples[:6]
     assert survey.used == 3 and [s.clip for s in samples][::2] == ["a.MOV", "b.mp4", "sub/c.mkv"]
     text = report.read_text(encoding="utf-8")
     assert str(tmp_path) not in text and "一个红色的球" in text
