@@ -109,8 +109,8 @@ def test_wrong_values_are_named_with_line_and_key(tmp_path, line, message):
         (
             'sources = [{path = "x", windows_per_clip = 3}, {path = "y", windows_per_clip = 1}]\n'
             'buckets = ["64x64x1"]\nwindows = "random"',
-            'windows = "random" draws among windows_per_clip windows, and of y there is only 1; set windows_per_clip to '
-            "2 or more, or leave it out",
+            'windows = "random" draws among windows_per_clip windows, and of y there is only 1; set '
+            "windows_per_clip to 2 or more, or leave it out",
         ),
     ],
 )

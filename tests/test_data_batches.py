@@ -84,6 +84,9 @@ def test_captions_are_chosen_by_address_and_dropped_at_the_given_rate(material):
     assert abs(counts[captions[0]] - 400) < 4 * math.sqrt(1000 * 0.4 * 0.6)
     assert "" not in without and set(chosen(1.0)) == {""}
     assert all(one in ("", kept) for kept, one in zip(without, with_dropout, strict=True))
+    half = places_of(config.model_copy(update={"caption_dropout": 0.5}), samples, 200)
+    # Each place of a batch draws by itself: the two of half the batches differ, within four standard deviations.
+    assert abs(sum((a.caption == "") != (b.caption == "") for a, b in half) - 100) < 4 * math.sqrt(200 * 0.25)
 
 
 def test_a_random_window_is_a_function_of_seed_epoch_and_sample(material, tmp_path):
