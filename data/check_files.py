@@ -35,8 +35,10 @@ class Check:
     """Files that have been looked at, and the first clip of each."""
     contents: dict[str, Clip] = field(default_factory=dict)
     """The first clip of each content, by its hash."""
-    linted: set[tuple[int, Path]] = field(default_factory=set)
-    """Sources and files whose captions have been handed to the lint."""
+    compared: set[tuple[int, str]] = field(default_factory=set)
+    """Sources and contents that have been compared with those of an earlier source."""
+    linted: set[tuple[Path, str]] = field(default_factory=set)
+    """Files and captions that have been handed to the lint."""
     sheet: list[NDArray[np.uint8]] = field(default_factory=list)
     """Pictures for the contact sheet that is being filled."""
 

@@ -157,8 +157,9 @@ def look_at(check: Check, config: DataConfig, clip: Clip, row: Row, label: str, 
 def compare_sources(check: Check, config: DataConfig, clip: Clip, label: str, names: list[str]) -> None:
     """Say where an earlier source has the same file, or a copy of it, and means something else by it."""
     earlier = check.contents.setdefault(clip.sha256, clip)
-    if earlier.source == clip.source:
+    if earlier.source == clip.source or (clip.source, clip.sha256) in check.compared:
         return
+    check.compared.add((clip.source, clip.sha256))
     other = names[earlier.source] + earlier.name
     if config.sources[earlier.source].regularisation != config.sources[clip.source].regularisation:
         message = (
@@ -197,12 +198,12 @@ def judge(frames: NDArray[np.uint8], num_cuts: int, end_card_seconds: float | No
 def add_captions(
     check: Check, config: DataConfig, clip: Clip, label: str, count_tokens: Callable[[str], int] | None
 ) -> None:
-    """Hand the captions of a file to the lint, once for each source that names it."""
-    if (clip.source, clip.path) in check.linted:
-        return
-    check.linted.add((clip.source, clip.path))
+    """Hand the captions of a file to the lint, each once however many shots or sources have it."""
     source = config.sources[clip.source]
-    for written, orders in zip(clip.written, clip.captions, strict=True):
+    pairs = zip(clip.written, clip.captions, strict=True)
+    new = [(written, orders) for written, orders in pairs if (clip.path, orders[0]) not in check.linted]
+    check.linted.update((clip.path, orders[0]) for _, orders in new)
+    for written, orders in new:
         check.captions.append(
             LintInput(
                 clip=label,
