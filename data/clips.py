@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from wan_finetune.captions import clean_caption
 from wan_finetune.video import VideoInfo
 
 from .buckets import Bucket, choose_bucket
-from .captions import compose, variants
+from .captions import compose, settle, variants
 from .config import DataConfig, SourceConfig
 from .framing import Box, crop_box, lost_area
 from .inspection import Inspected, Inspector
@@ -74,7 +73,8 @@ class Row:
 
     def to_json(self) -> str:
         """One line, keys in a fixed order, Chinese left readable."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        # Not `asdict`, which copies each value: there is a line for each of up to a million clips.
+        return json.dumps({field.name: getattr(self, field.name) for field in fields(self)}, ensure_ascii=False)
 
 
 def find_clips(config: DataConfig, inspector: Inspector) -> Iterator[tuple[Row, Clip | None]]:
@@ -144,7 +144,7 @@ def compose_captions(raw: tuple[str, ...], source: SourceConfig, config: DataCon
     return {
         caption: variants(compose(caption, trigger, template), trigger, orders, seed=0)
         for caption in raw
-        if clean_caption(caption)
+        if settle(caption)
     }
 
 
