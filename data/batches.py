@@ -140,19 +140,18 @@ class ExpertBatches:
     def __init__(self, data: TrainingData, expert: Expert, seed: int, batch_size: dict[str, int]) -> None:
         self.data, self.expert, self.seed = data, expert, seed
         sources, stills = data.samples.column("source"), data.samples.column("still")
-        sees = [
-            [expert in experts_of(data.config, s, still) for still in (False, True)]
-            for s in range(len(data.config.sources))
+        mine = [
+            expert in experts_of(data.config, int(s), bool(still)) for s, still in zip(sources, stills, strict=True)
         ]
-        self.indices = np.flatnonzero(np.array(sees)[sources, stills.astype(int)])
+        self.indices = np.flatnonzero(mine)
         if not len(self.indices):
             raise InputError(
                 f"none of the {len(sources)} samples is for the {expert}-noise expert: stills go to the low-noise one "
                 f"alone; add videos, name it in the experts of a source, or leave it out of train.experts"
             )
         self.schedule = Schedule(
-            buckets=data.samples.column("bucket")[self.indices],
-            sources=sources[self.indices],
+            buckets=data.samples.column("bucket")[self.indices].tolist(),
+            sources=sources[self.indices].tolist(),
             shares=[Share(repeats=source.repeats or 1, weight=source.weight) for source in data.config.sources],
             batch_size=batch_size,
             address=(seed, expert),
