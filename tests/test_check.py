@@ -181,7 +181,7 @@ def test_check_needs_neither_torch_nor_diffusers(tmp_path):
     program = (
         "import sys, runpy\nsys.argv = ['check', *sys.argv[1:]]\n"
         "try:\n    runpy.run_module('data.check', run_name='__main__')\n"
-        "except SystemExit:\n    print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+        "except SystemExit:\n    print(sorted({'torch', 'diffusers', 'transformers', 'scipy', 'datasets'} & set(sys.modules)))"
     )
     config = tmp_path / "config.toml"
     config.write_text(
@@ -193,6 +193,10 @@ def test_check_needs_neither_torch_nor_diffusers(tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+    # --help does not even wait for NumPy.
+    program = "import sys, data.check; print(sorted({'numpy', 'pydantic', 'av', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["[]"], done.stdout + done.stderr
 
 
 @pytest.mark.browser
