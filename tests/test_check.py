@@ -181,7 +181,8 @@ def test_check_needs_neither_torch_nor_diffusers(tmp_path):
     program = (
         "import sys, runpy\nsys.argv = ['check', *sys.argv[1:]]\n"
         "try:\n    runpy.run_module('data.check', run_name='__main__')\n"
-        "except SystemExit:\n    print(sorted({'torch', 'diffusers', 'transformers', 'scipy', 'datasets'} & set(sys.modules)))"
+        "except SystemExit:\n"
+        "    print(sorted({'torch', 'diffusers', 'transformers', 'scipy', 'datasets'} & set(sys.modules)))"
     )
     config = tmp_path / "config.toml"
     config.write_text(
