@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wan_finetune.addressing import numpy_rng
@@ -34,6 +35,16 @@ class Batch:
     names: list[str]
     """The clips they come from."""
 
+    def part(self, start: int, stop: int) -> "Batch":
+        """Samples `start` to `stop` of it."""
+        return Batch(
+            latents=self.latents[start:stop],
+            text=self.text[start:stop],
+            masks=None if self.masks is None else self.masks[start:stop],
+            weights=self.weights[start:stop],
+            names=self.names[start:stop],
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chosen:
@@ -46,7 +57,10 @@ class Chosen:
 
 
 class TrainingData:
-    """Samples whose tensors lie in the cache; captions used last stay in memory, up to `memory_bytes`."""
+    """Samples whose tensors lie in the cache; captions used last stay in memory, up to `memory_bytes`.
+
+    Those of `held_out` [N] are for validation: no batch for training has them.
+    """
 
     def __init__(
         self,
@@ -55,9 +69,11 @@ class TrainingData:
         config: DataConfig,
         *,
         text_fingerprint: str,
+        held_out: NDArray[np.bool_] | None = None,
         memory_bytes: int = 2**28,
     ) -> None:
         self.samples, self.config = samples, config
+        self.held_out = np.zeros(len(samples), dtype=bool) if held_out is None else held_out
         self.cache = cache
         self._text_fingerprint = text_fingerprint
         self._memory_bytes = memory_bytes
@@ -143,7 +159,8 @@ class ExpertBatches:
         mine = [
             expert in experts_of(data.config, int(s), bool(still)) for s, still in zip(sources, stills, strict=True)
         ]
-        self.indices = np.flatnonzero(mine)
+        self.indices = np.flatnonzero(np.array(mine) & ~data.held_out)
+        self.held_out = np.flatnonzero(np.array(mine) & data.held_out)
         if not len(self.indices):
             raise InputError(
                 f"none of the {len(sources)} samples is for the {expert} expert: stills go to the low one "

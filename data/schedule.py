@@ -96,6 +96,10 @@ class Schedule:
         size = self.batch_size[bucket]
         return bucket, [self.visit(bucket, position) for position in range(batch * size, (batch + 1) * size)]
 
+    def first_step_of(self, bucket: str) -> int:
+        """The first batch that is of this bucket."""
+        return int(np.flatnonzero(self._turns(0).labels == self.names.index(bucket))[0])
+
     def visit(self, bucket: str, position: int) -> Visit:
         """Place number `position` of a bucket's stream."""
         cycle, place = divmod(position, self.cycle[bucket])

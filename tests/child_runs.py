@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.faulty_training import Fault, train_child
 from tests.fork_server import Child, fork
-from tests.tiny_run import write_config
+from tests.tiny_runs import write_config
 from train.checkpoint import found, verify
 from train.config import Config
 

@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_config(tiny_base: Path, shared: Path, tmp_path: Path) -> "Callable[..., Config]":
     """A quick run of the pocket configuration on the tiny base; overrides may follow."""
-    from tests.tiny_run import tiny_config
+    from tests.tiny_runs import tiny_config
 
     return functools.partial(tiny_config, tiny_base, shared, tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def signals_are_given_back():
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)

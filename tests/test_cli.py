@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from tests.test_adapters import trained
 from wan_finetune.cli import main
 from wan_finetune.experts import HIGH, LOW, base_folder
-from wan_finetune.export import write_adapter_folder
+from wan_finetune.export import verify_adapter_folder, write_adapter_folder
 from wan_finetune.formats import comfyui
+from wan_finetune.formats.reading import read_file
 from wan_finetune.video import read_video
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +82,51 @@ def test_export_writes_the_same_adapter_in_another_format(adapter_folder, tmp_pa
         assert (tmp_path / "c" / expert.file_name).read_bytes() == (
             adapter_folder / "comfyui" / expert.file_name
         ).read_bytes()
+
+
+def test_pair_joins_two_runs_into_one_folder(tiny_base, tmp_path, capsys):
+    high = replace(trained(tiny_base, HIGH), about={"base": "tiny", "trigger": "ember", "sampling_shift": "5.0"})
+    low = replace(trained(tiny_base, LOW, rank=8), about={"base": "tiny", "trigger": "ember", "sampling_shift": "7.0"})
+    write_adapter_folder(tmp_path / "first" / "adapter", [high])
+    write_adapter_folder(tmp_path / "second", [low])
+    low_file = tmp_path / "second" / "comfyui" / LOW.file_name
+    assert main(["pair", str(tmp_path / "first"), str(low_file), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "the high-noise expert: rank 4, alpha 7, 20 modules; base tiny, trigger ember, steps not said" in said
+    assert "the low-noise expert: rank 8" in said
+    assert "warning: they were previewed with sampling_shift 5.0 and 7.0" in said
+    for adapter in (high, low):
+        name = {"high": HIGH, "low": LOW}[adapter.expert].file_name
+        for file in (tmp_path / "out" / name, tmp_path / "out" / "comfyui" / name):
+            back = read_file(file)
+            assert back.about == adapter.about and back.expert == adapter.expert
+            assert all(torch.equal(back.weights[key], value) for key, value in adapter.weights.items())
+    verify_adapter_folder(str(tiny_base), tmp_path / "out", [high, low])
+    assert main(["pair", str(tmp_path / "first"), str(low_file), "--out", str(tmp_path / "out")]) == 2
+    assert "already holds high_noise.safetensors; give another folder" in capsys.readouterr().err
+
+
+def test_pair_refuses_what_is_no_pair(tiny_base, tmp_path, capsys):
+    about = {"base": "tiny", "trigger": "ember"}
+    adapters = {expert.name: replace(trained(tiny_base, expert), about=about) for expert in (HIGH, LOW)}
+    small = {name: value[:, :12] if ".lora_A." in name else value for name, value in adapters["low"].weights.items()}
+    write_adapter_folder(tmp_path / "pair", list(adapters.values()))
+    write_adapter_folder(tmp_path / "base", [replace(adapters["low"], about={**about, "base": "other"})])
+    write_adapter_folder(tmp_path / "trigger", [replace(adapters["low"], about={**about, "trigger": ""})])
+    write_adapter_folder(tmp_path / "size", [replace(adapters["low"], weights=small, about={})])
+    high = tmp_path / "pair" / HIGH.file_name
+    cases = {
+        high: "is the adapter of the high-noise expert, not of the low-noise expert",
+        tmp_path / "base": "no pair: their base is 'tiny' and 'other'",
+        tmp_path / "trigger": "no pair: their trigger is 'ember' and ''",
+        tmp_path / "size": "no pair: blocks.0.attn1.to_k has another size",
+        tmp_path / "absent": "no such adapter file or folder",
+    }
+    for low, message in cases.items():
+        assert main(["pair", str(high), str(low), "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["pair", str(tmp_path / "pair"), str(tmp_path / "pair"), "--out", str(tmp_path / "out")]) == 0
 
 
 @pytest.fixture

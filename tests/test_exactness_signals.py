@@ -19,12 +19,18 @@ from tests.faulty_training import PHASES, Fault
 from tests.fork_server import ROOT, fork, wait_for
 from tests.process_facts import is_running
 from tests.test_launch import Checkout, checkout, write_script  # noqa: F401 a fixture
-from tests.tiny_run import tiny_config, write_config
+from tests.tiny_runs import tiny_config, write_config
 from train.checkpoint import found, verify
 from train.config import Config
 from train.signals import SIGNALS, STATUSES, Stopped, StopRequest
 
-JOB = ["train.gradient_accumulation=2", "high.steps=2", "low.steps=2", "train.round_steps=1"]
+JOB = [
+    "train.gradient_accumulation=2",
+    "high.steps=2",
+    "low.steps=2",
+    "train.round_steps=1",
+    "validation.every_steps=0",
+]
 IN_TRAINING = ("a step is taken", "a checkpoint is written")
 """Phases in which a signal waits for the end of the step, and a checkpoint is made."""
 
@@ -169,15 +175,7 @@ def test_a_failure_of_the_processes_is_the_commands_failure(checkout, content, e
 # --- what a signal does ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def signals_are_given_back():
-    kept = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-def test_a_signal_that_waits_is_raised_when_the_wait_ends(signals_are_given_back):
+def test_a_signal_that_waits_is_raised_when_the_wait_ends():
     stop = StopRequest()
     with pytest.raises(Stopped, match="SIGUSR1"), stop.deferred():
         os.kill(os.getpid(), signal.SIGUSR1)

@@ -3,37 +3,63 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy
 import torch
 from diffusers import UniPCMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.objective import draw
+from train.expert_settings import FlowSettings
+from train.objective import draw, miss, noise_levels, sampler_levels
+from wan_finetune.density import Beta, LogitNormal, Mode, Uniform, sample_sigma
+from wan_finetune.errors import InputError
 from wan_finetune.experts import HIGH, LOW
-from wan_finetune.flow import Interval, add_noise, sample_sigma, shift_time, timestep, unshift_sigma, velocity
+from wan_finetune.flow import Interval, add_noise, shift_time, timestep, unshift_sigma, velocity
+from wan_finetune.sampling import SamplingSettings
+
+DENSITIES = [Uniform(), LogitNormal(0.0, 1.0), LogitNormal(-0.5, 0.7), Mode(1.29), Mode(-0.9), Beta(0.4, 3.0)]
 
 
-@given(shift=st.floats(0.2, 20), boundary=st.floats(0.05, 0.95), seed=st.integers(0, 2**31))
-def test_every_timestep_goes_where_inference_would_send_it(shift, boundary, seed):
+@given(
+    shift=st.floats(0.2, 20),
+    boundary=st.floats(0.05, 0.95),
+    seed=st.integers(0, 2**31),
+    density=st.sampled_from(DENSITIES),
+)
+def test_every_timestep_goes_where_inference_would_send_it(shift, boundary, seed, density):
     u = torch.cat([torch.rand(64, generator=torch.Generator().manual_seed(seed)), torch.tensor([0.0, 1.0 - 2**-24])])
     for expert in (HIGH, LOW):
-        t = timestep(sample_sigma(u, expert.interval(boundary), shift))
+        t = timestep(sample_sigma(u, expert.interval(boundary), shift, density))
         is_high = t >= boundary * 1000  # WanPipeline.__call__: t >= boundary_timestep is the transformer's
         assert is_high.all() if expert is HIGH else not is_high.any()
         assert t.dtype == torch.float32 and t.min() >= 0 and t.max() <= 1000
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
-def test_each_expert_sees_the_shifted_density_restricted_to_it(shift):
+def spread(density, count):
+    """Evenly spread draws of a density, by an outside oracle where there is one."""
+    p = (np.arange(count) + 0.5) / count
+    if isinstance(density, Beta):
+        return scipy.stats.beta(density.a, density.b).ppf(p)
+    if isinstance(density, LogitNormal):
+        return scipy.special.expit(scipy.stats.norm(density.mean, density.std).ppf(p))
+    if isinstance(density, Mode):  # Esser et al. 2024, equation 20
+        return np.sort(1 - p - density.scale * (np.cos(np.pi / 2 * p) ** 2 - 1 + p))
+    return p
+
+
+@pytest.mark.parametrize("density", DENSITIES, ids=str)
+@pytest.mark.parametrize("shift", [1.0, 5.0, 12.0])
+def test_each_expert_sees_the_shifted_density_restricted_to_it(shift, density):
+    everywhere = shift_time(torch.from_numpy(spread(density, 200_000)), shift)
     u = (torch.arange(200_000) + 0.5) / 200_000
-    everywhere = shift_time(u.double(), shift)
     for expert in (HIGH, LOW):
         interval = expert.interval(0.875)
         mine = everywhere[(everywhere >= interval.low) & (everywhere < interval.high)]
-        drawn = sample_sigma(u, interval, shift).double()
+        drawn = sample_sigma(u, interval, shift, density).double()
         levels = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
-        assert torch.allclose(torch.quantile(mine, levels), torch.quantile(drawn, levels), atol=1e-4)
+        assert torch.allclose(torch.quantile(mine, levels), torch.quantile(drawn, levels), atol=2e-3)
 
 
 @given(shift=st.floats(0.1, 30), u=st.floats(0, 1))
@@ -51,6 +77,38 @@ def test_the_shift_is_the_samplers(shift):
     # The sampler walks u from 1 down to a thousandth, and cuts its timesteps to whole ones.
     ours = timestep(shift_time(torch.linspace(1, 0.001, 41, dtype=torch.float64)[:-1], shift))
     assert (ours - scheduler.timesteps).min() >= 0 and (ours - scheduler.timesteps).max() < 1.0001
+
+
+@pytest.mark.parametrize("shift", [5.0, 12.0])
+def test_the_schedule_density_draws_the_samplers_own_levels_as_the_pipeline_shares_them(shift):
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler.set_timesteps(40)
+    high, low = (sampler_levels(40, shift, expert.interval(0.875)) for expert in (HIGH, LOW))
+    assert len(high) == int((scheduler.timesteps >= 875).sum()) == {5.0: 17, 12.0: 26}[shift]
+    assert torch.allclose(torch.cat([high, low]), scheduler.sigmas[:-1].float(), atol=1e-6)
+    assert (timestep(high) >= 875).all() and (timestep(low) < 875).all()
+    levels = noise_levels(FlowSettings(density="schedule"), HIGH.interval(0.875), SamplingSettings(shift=shift))
+    drawn = levels((torch.arange(1000) + 0.5) / 1000)
+    values, counts = drawn.unique(return_counts=True)
+    assert torch.equal(values.flip(0), high) and counts.max() - counts.min() <= 1
+    with pytest.raises(InputError, match="2 sampler steps at shift 1 never visit"):
+        noise_levels(FlowSettings(density="schedule"), Interval(0.2, 0.4), SamplingSettings(steps=2, shift=1.0))
+
+
+def test_a_density_that_never_reaches_an_expert_is_refused():
+    flow = FlowSettings(density="logit_normal", logit_mean=-1.5, logit_std=0.4, shift=1.0)
+    with pytest.raises(InputError, match=r"of all draws are between noise levels 0\.875 and 1"):
+        noise_levels(flow, HIGH.interval(0.875), SamplingSettings())
+    assert noise_levels(flow, LOW.interval(0.875), SamplingSettings())(torch.tensor([0.5])) < 0.5
+
+
+def test_hubers_loss_is_the_squared_error_of_small_misses_and_linear_beyond():
+    target = torch.zeros(3)
+    huber = miss(torch.tensor([0.1, 0.5, 10.0]), target, FlowSettings(loss="huber", huber_delta=1.0))
+    assert torch.allclose(huber, torch.tensor([0.01, 0.25, 2 * (10.0 - 0.5)]))
+    assert torch.equal(
+        miss(torch.tensor([0.1, 0.5, 10.0]), target, FlowSettings()), torch.tensor([0.1, 0.5, 10.0]) ** 2
+    )
 
 
 def test_the_velocity_takes_the_noisy_latent_back_to_both_ends():
@@ -73,8 +131,7 @@ def draws(**changes):
         "step": 7,
         "positions": range(8),
         "global_batch": 8,
-        "interval": HIGH.interval(0.875),
-        "shift": 5.0,
+        "levels": noise_levels(FlowSettings(shift=5.0), HIGH.interval(0.875), SamplingSettings()),
         "shape": torch.Size([2, 1, 2, 2]),
     }
     return draw(**{**arguments, **changes})

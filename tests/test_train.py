@@ -1,8 +1,9 @@
 """The trainer's promises: independent experts, addressed draws, exact resume, and nothing that moves them."""
 
+import dataclasses
 import json
+import re
 import shutil
-import signal
 import time
 from itertools import pairwise
 
@@ -13,27 +14,20 @@ from accelerate import Accelerator
 from PIL import Image
 
 from data.sources import make_folder
-from tests.tiny_run import close, same, train
+from tests.tiny_runs import close, same, train
 from train.config import Config
 from train.engine import make_accelerator
 from train.job import run
+from train.objective import weighted_loss
 from train.optim import learning_rate
 from train.rounds import stretches
 from train.signals import StopRequest
-from train.trainer import ExpertTrainer, weighted_loss
+from train.trainer import ExpertTrainer, StepRecord
 from wan_finetune.adapters import dead_modules
 from wan_finetune.encoders import TextEncoder, pad_text
 from wan_finetune.errors import InputError
 from wan_finetune.pipeline import load_pipeline
 from wan_finetune.settings import load_settings
-
-
-@pytest.fixture(autouse=True)
-def signals_are_given_back():
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def test_rounds_sequence_and_one_at_a_time_give_the_same_bytes(make_config):
@@ -191,9 +185,13 @@ def test_a_tracker_hears_of_every_step_by_experts_name(make_config, monkeypatch,
     import wandb
 
     wandb.finish()
-    assert [sorted(values) for values in heard] == [
-        [f"{expert}/{key}" for key in ("gradient_norm", "learning_rate", "loss", "seconds", "step")]
-        for expert in ("high", "high", "low")
+    of_steps = [f.name for f in dataclasses.fields(StepRecord) if f.name != "expert"]
+    of_validations = ["held_out_loss", "held_out_loss_base", "effect_size", "step"]
+    by_level = re.compile(r"(high|low)/held_out_loss_at_0\.\d\d")
+    assert [sorted(name for name in values if not by_level.fullmatch(name)) for values in heard] == [
+        sorted(f"{expert}/{key}" for key in keys)
+        for expert, steps in (("high", 2), ("low", 1))
+        for keys in (of_validations, *[of_steps] * steps, of_validations)
     ]
     (stored,) = (config.run_folder / "tracker").rglob("*.wandb")
     # wandb's own process writes the file, on a busy machine a moment after `finish` has returned.

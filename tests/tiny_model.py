@@ -1,4 +1,4 @@
-"""A random Wan2.2-shaped base of a few thousand weights, with both experts: quick enough for every test."""
+"""Random Wan-shaped bases of a few thousand weights, with both experts or one: quick enough for every test."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from wan_finetune.pocket.text import make_text_encoder, make_tokenizer
 
 
-def write_tiny_base(folder: Path) -> None:
-    """Write a diffusers folder; the experts differ, and their output is not zero."""
+def write_tiny_base(folder: Path, num_experts: int = 2) -> None:
+    """Write a diffusers folder; the experts differ, and their output is not zero. With one it is Wan2.1-shaped."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     text_encoder = make_text_encoder(len(tokenizer))
@@ -21,7 +21,7 @@ def write_tiny_base(folder: Path) -> None:
         WanTransformer3DModel(
             num_attention_heads=2, attention_head_dim=12, text_dim=64, freq_dim=16, ffn_dim=32, num_layers=2
         )
-        for _ in range(2)
+        for _ in range(num_experts)
     ]
     pipe = WanPipeline(
         tokenizer=tokenizer,
@@ -29,7 +29,7 @@ def write_tiny_base(folder: Path) -> None:
         vae=vae,
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
         transformer=experts[0],
-        transformer_2=experts[1],
-        boundary_ratio=0.875,
+        transformer_2=experts[1] if num_experts == 2 else None,
+        boundary_ratio=0.875 if num_experts == 2 else None,
     )
     pipe.save_pretrained(folder)

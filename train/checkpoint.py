@@ -28,13 +28,15 @@ from wan_finetune.experts import EXPERTS, ExpertName
 
 from .identity import Identity, require_same_run
 from .optimizer_state import flatten_optimizer, unflatten_optimizer
-from .tracking import say
+from .terminal import say
 from .trainer import ExpertState
 
 FORMAT = 2
 """Of what a checkpoint holds; another number is refused."""
 MANIFEST = "manifest.json"
 SAMPLES = "samples.safetensors"
+EXTRAS = ("average", "taken")
+"""Tensors of a state that few configurations have."""
 NAME = re.compile(r"step-(\d{6,})")
 
 States = dict[ExpertName, ExpertState]
@@ -45,8 +47,8 @@ class Part(NamedTuple):
 
     expert: ExpertName
     step: int
-    weights: Mapping[str, Tensor]
-    optimizer: dict[str, Tensor]
+    tensors: dict[str, dict[str, Tensor]]
+    """By the name of their file."""
     plain: dict[str, Any]
     """What of the optimizer is no tensor."""
 
@@ -82,11 +84,13 @@ def save_checkpoint(folder: Path, states: Mapping[ExpertName, ExpertState], iden
     total = sum(part.step for part in parts)
     target = folder / f"step-{total:06d}"
     partial = folder / f".{target.name}.partial"
+    if target.is_dir() and verify(target) is None:
+        return target  # of a stretch in which no step was taken
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_checkpoint(partial, parts, identity)
         if target.exists():
-            # Damaged, or the run would not be here again: it went on from the one before.
+            # Damaged: the run went on from the one before, and is here again.
             retire(target)
         os.rename(partial, target)
         sync(folder)
@@ -106,8 +110,9 @@ def save_checkpoint(folder: Path, states: Mapping[ExpertName, ExpertState], iden
 
 def part_of(name: ExpertName, state: ExpertState) -> Part:
     """An expert's state, as files hold it."""
-    tensors, plain = flatten_optimizer(state.optimizer)
-    return Part(name, state.step, state.weights, tensors, plain)
+    optimizer, plain = flatten_optimizer(state.optimizer)
+    extras = {extra: tensors for extra in EXTRAS if (tensors := getattr(state, extra))}
+    return Part(name, state.step, {"adapter": dict(state.weights), "optimizer": optimizer, **extras}, plain)
 
 
 def write_checkpoint(partial: Path, parts: Sequence[Part], identity: Identity) -> None:
@@ -115,8 +120,8 @@ def write_checkpoint(partial: Path, parts: Sequence[Part], identity: Identity) -
     for part in parts:
         folder = partial / part.expert
         folder.mkdir(parents=True)
-        save_file(dict(part.weights), folder / "adapter.safetensors")
-        save_file(part.optimizer, folder / "optimizer.safetensors")
+        for name, tensors in part.tensors.items():
+            save_file(tensors, folder / f"{name}.safetensors")
         (folder / "state.json").write_text(json.dumps({"step": part.step, "optimizer": part.plain}))
     save_file({"samples": identity.samples}, partial / SAMPLES)
     manifest: dict[str, Any] = {
@@ -186,10 +191,12 @@ def load_state(folder: Path) -> ExpertState:
     """One expert's state."""
     plain = json.loads((folder / "state.json").read_text())
     tensors = load_file(folder / "optimizer.safetensors")
+    extras = {name: load_file(path) for name in EXTRAS if (path := folder / f"{name}.safetensors").is_file()}
     return ExpertState(
         step=plain["step"],
         weights=load_file(folder / "adapter.safetensors"),
         optimizer=unflatten_optimizer(tensors, plain["optimizer"]),
+        **extras,
     )
 
 
@@ -248,7 +255,7 @@ def self_consistent(manifest: Mapping[str, Any]) -> bool:
 
 def require_finite(part: Part) -> None:
     """Keep a broken state off the disk."""
-    for key, value in [*part.weights.items(), *part.optimizer.items()]:
+    for key, value in [item for tensors in part.tensors.values() for item in tensors.items()]:
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise FloatingPointError(
                 f"{part.expert} expert, step {part.step}: {key} is not finite after the update, and was not saved; "
@@ -258,8 +265,8 @@ def require_finite(part: Part) -> None:
 
 def size_bytes(parts: Sequence[Part], identity: Identity) -> int:
     """What a checkpoint takes on disk, but for a few thousand bytes."""
-    tensors = [value for part in parts for value in [*part.weights.values(), *part.optimizer.values()]]
-    return sum(tensor.nbytes for tensor in [identity.samples, *tensors])
+    held = [value for part in parts for tensors in part.tensors.values() for value in tensors.values()]
+    return sum(tensor.nbytes for tensor in [identity.samples, *held])
 
 
 def retire(checkpoint: Path) -> None:

@@ -61,6 +61,10 @@ class TrainSettings(Settings):
     """Micro-batches in an optimizer step."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Precision of the forward pass."""
+    previews: Literal["none", "midway", "rounds"] = "midway"
+    """Samples on the way: none, once half of all steps are done, or after every round."""
+    preview_share: float = Field(0.1, gt=0, le=1)
+    """Most of the time so far that previews after rounds may take; a round that would go beyond it has none."""
     checkpoint_every_steps: int = Field(250, ge=1)
     """Steps between checkpoints; one is also written at the end of every round."""
     keep_checkpoints: int = Field(2, ge=2)
@@ -72,6 +76,21 @@ class TrainSettings(Settings):
         if not value or len(set(value)) != len(value) or ("single" in value and len(value) > 1):
             raise ValueError('name each expert once: ["high", "low"], ["high"], ["low"], or ["single"]')
         return value
+
+
+class ValidationSettings(Settings):
+    """The loss on clips that training never sees, at fixed noise."""
+
+    every_steps: int = Field(250, ge=0)
+    """Steps of an expert between validations, besides those before its first and after its last; 0 for none at all."""
+    clips: int = Field(2, ge=1)
+    """Clips that are kept from training for it; a tenth of the set at the most."""
+    levels: int = Field(4, ge=1, le=64)
+    """Noise levels in the expert's interval, spread as those of its training are."""
+    patience: int = Field(0, ge=0)
+    """Validations without a new lowest loss after which an expert's training ends; 0 for never."""
+    export: Literal["last", "best"] = "last"
+    """Which of an expert's states becomes the adapter: the last, or the one with the lowest loss."""
 
 
 class EvaluationSettings(Settings):
@@ -109,6 +128,7 @@ class Config(Settings):
     single: ExpertSettings | None = None
     train: TrainSettings = TrainSettings()
     sampling: SamplingSettings
+    validation: ValidationSettings = ValidationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
 

@@ -1,8 +1,9 @@
 """The main job: data, training in rounds, previews, evaluation, export, report. Each part is run once and resumes."""
 
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import tomli_w
@@ -11,22 +12,28 @@ from accelerate.utils import set_seed
 
 from data.batches import TrainingData
 from wan_finetune import __version__
-from wan_finetune.adapters import Adapter
+from wan_finetune.adapters import Adapter, as_adapter
 from wan_finetune.evaluation.compare import load_judge
 from wan_finetune.experts import EXPERTS, ExpertName, base_folder
 from wan_finetune.export import verify_adapter_folder, write_adapter_folder
 from wan_finetune.quiet import quiet_libraries
 
 from . import showcase
+from .best import keep_best, load_best
 from .checkpoint import resume, save_checkpoint, sole_writer
 from .config import Config
 from .engine import make_accelerator
 from .identity import identity_of
+from .panel import Figures
 from .precompute import prepare_data
+from .previews import Previews
+from .recommendation import Candidate, recommend
 from .rounds import Stretch, stretches
 from .signals import Stopped, StopRequest
-from .tracking import Metrics, progress_bar, say
+from .terminal import progress_bar, say
+from .tracking import Metrics
 from .trainer import ExpertState, ExpertTrainer
+from .validation import Validation
 
 States = dict[ExpertName, ExpertState]
 
@@ -50,9 +57,11 @@ def run(config: Config, stop: StopRequest) -> None:
     metrics = Metrics(config, accelerator)
     with sole_writer(folder / "checkpoints") if accelerator.is_main_process else nullcontext():
         states = train_experts(config, base, data, metrics, accelerator, stop)
+    validation = Validation(config.validation, folder, accelerator)
+    validation.begin({name: state.step for name, state in states.items()})
     if not accelerator.is_main_process:
         return
-    adapters = [make_adapter(config, name, state) for name, state in states.items()]
+    adapters = [make_adapter(config, name, choose_state(config, validation, name, s)) for name, s in states.items()]
     for path in write_adapter_folder(folder / "adapter", adapters):
         say(f"wrote {path}")
     verify_adapter_folder(config.model.base, folder / "adapter", adapters, config.model.revision)
@@ -71,10 +80,14 @@ def train_experts(
     if saved := resume(folder, identity, accelerator):
         states |= saved
         say("going on from " + ", ".join(f"{name} step {state.step}" for name, state in states.items()))
-    metrics.forget_after({name: state.step for name, state in states.items()})
+    reached = {name: state.step for name, state in states.items()}
+    metrics.forget_after(reached)
     if accelerator.is_main_process:
         # Not before it is clear that this run may go on: the file must stay that of the checkpoints.
         (config.run_folder / "config.toml").write_text(tomli_w.dumps(config.resolved()))
+    validation = Validation(config.validation, config.run_folder, accelerator)
+    validation.begin(reached)
+    figures, previews = Figures(config.steps(), reached), Previews(config, metrics.show_clips)
 
     def save() -> None:
         if accelerator.is_main_process:
@@ -83,19 +96,20 @@ def train_experts(
 
     for stretch in stretches(config.steps(), config.train.order, config.train.round_steps):
         state = states[stretch.expert]
-        if state.step >= stretch.stop:
+        if state.step >= stretch.stop or validation.has_stopped(stretch.expert):
             continue
         trainer = ExpertTrainer(config, stretch.expert, state, base, data, accelerator)
+        if accelerator.device.type == "cuda" and state.step == 0:
+            trainer.rehearse()
         with stop.deferred():
-            stopped = run_stretch(trainer, stretch, metrics, stop, save)
+            stopped = run_stretch(trainer, stretch, metrics, figures, validation, stop, save)
             trainer.close()
             save()
             if stopped:
                 say(f"stopping after {stretch.expert} step {state.step}, which is saved")
                 raise Stopped(signal.Signals(stopped).name)
-        if is_midway(config, states) and accelerator.is_main_process:
-            adapters = [make_adapter(config, name, s) for name, s in states.items() if s.weights]
-            showcase.preview_midway(config, adapters)
+        if accelerator.is_main_process and (target := previews.folder(stretch, states)):
+            previews.make(target, [make_adapter(config, name, s) for name, s in states.items() if s.weights])
         accelerator.wait_for_everyone()
     return states
 
@@ -104,41 +118,74 @@ def run_stretch(
     trainer: ExpertTrainer,
     stretch: Stretch,
     metrics: Metrics,
+    figures: Figures,
+    validation: Validation,
     stop: StopRequest,
     save: Callable[[], None],
 ) -> int:
     """Steps of one expert up to the stretch's end, or to a signal, which is returned; 0 where none came."""
     config, state = trainer.config, trainer.state
-    label = f"{stretch.expert}-noise expert, steps {state.step + 1}-{stretch.stop}"
+    label = f"{stretch.expert} expert, steps {state.step + 1}-{stretch.stop}"
+    figures.begin()
     with progress_bar(label, stretch.stop - stretch.start) as bar:
-        while state.step < stretch.stop:
+        validate(trainer, metrics, validation)
+        while state.step < stretch.stop and not validation.has_stopped(stretch.expert):
             record = trainer.take_step()
             metrics.add(record)
-            bar.update(state.step - stretch.start, f"loss {record.loss:.4f}  {record.seconds:.2f} s/step")
+            figures.add(record)
+            bar.update(
+                state.step - stretch.start, figures.note(), figures.details(record, validation.latest(stretch.expert))
+            )
             if stopped := stop.check(trainer.accelerator):
                 return stopped
-            # Once in a while: a checkpoint.
+            # Once in a while: the held-out loss, and a checkpoint.
+            validate(trainer, metrics, validation)
             if state.step % config.train.checkpoint_every_steps == 0 and state.step < stretch.stop:
                 trainer.save_state()
                 save()
     return 0
 
 
-def is_midway(config: Config, states: Mapping[ExpertName, ExpertState]) -> bool:
-    """Whether half of all steps are done and the midway preview is not there yet."""
-    done, total = sum(state.step for state in states.values()), sum(config.steps().values())
-    return total / 2 <= done < total and not showcase.midway_folder(config).is_dir()
+def validate(trainer: ExpertTrainer, metrics: Metrics, validation: Validation) -> None:
+    """Measure an expert's held-out loss if it is due, and keep the weights where it is the lowest so far."""
+    config, expert = trainer.config, trainer.expert
+    if not validation.is_due(expert, trainer.state.step, trainer.settings.steps):
+        return
+    found = validation.measure(trainer)
+    if found is None:
+        return
+    values = {"held_out_loss": found.loss, "held_out_loss_base": found.base_loss, "effect_size": found.effect}
+    values |= {f"held_out_loss_at_{level.sigma:.2f}": level.loss for level in found.levels}
+    metrics.track(expert, found.step, {name: value for name, value in values.items() if value is not None})
+    if found.step and found.loss == min(each.loss for each in validation.of(expert) if each.step):
+        trainer.save_state()
+        if trainer.accelerator.is_main_process:
+            keep_best(
+                config.run_folder / "checkpoints", expert, found.step, trainer.state.average or trainer.state.weights
+            )
+
+
+def choose_state(config: Config, validation: Validation, name: ExpertName, state: ExpertState) -> ExpertState:
+    """The state that becomes the adapter; what speaks for which is said aloud."""
+    history = [each for each in validation.of(name) if each.step > 0]
+    if not history:
+        return state
+    candidates = [Candidate(step=each.step, held_out_loss=each.loss) for each in history]
+    best = recommend(candidates, history[0].base_loss)
+    say(f"{EXPERTS[name].title}: step {best.step} of {state.step} is recommended: {best.reason}")
+    if config.validation.export == "last" or best.step == state.step:
+        return state
+    weights = load_best(config.run_folder / "checkpoints", name, best.step)
+    return replace(state, step=best.step, weights=weights, average={})
 
 
 def make_adapter(config: Config, name: ExpertName, state: ExpertState) -> Adapter:
     """An expert's state as an adapter that says what it is; no paths, no names of people or machines."""
-    lora = config.expert(name).lora
-    return Adapter(
-        expert=name,
-        rank=lora.rank,
-        alpha=lora.scale_alpha,
-        targets=lora.targets,
-        weights=state.weights,
+    return as_adapter(
+        name,
+        config.expert(name).lora,
+        state.average or state.weights,
+        state.taken,
         about={
             "base": config.model.public_name,
             "trigger": config.data.trigger,

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from data.batches import TrainingData
 from data.cache import Cache
 from data.filling import Filling
+from data.holdout import hold_out
 from data.inspection import Inspector
 from data.samples import SampleTable
 from data.survey import Survey, leave_out_unencoded, require_sources, take_survey
@@ -25,7 +26,7 @@ from wan_finetune.settings import load_settings
 from .config import Config
 from .engine import make_accelerator
 from .signals import Stopped, StopRequest
-from .tracking import Bar, progress_bar, say
+from .terminal import Bar, progress_bar, say
 
 ENCODERS = ("vae", "text_encoder", "tokenizer")
 
@@ -68,7 +69,8 @@ def prepare_data(config: Config, accelerator: Accelerator) -> TrainingData:
             short = f", {survey.passed_over} shots too short" if survey.passed_over else ""
             say(f"{survey.used} clips, {len(survey.faults)} left out{short}; a line for each in {report}")
         samples = SampleTable(from_main_process(survey))
-    return TrainingData(samples, cache, config.data, text_fingerprint=text_fingerprint)
+    held_out = hold_out(samples, config.data, config.validation.clips if config.validation.every_steps else 0)
+    return TrainingData(samples, cache, config.data, text_fingerprint=text_fingerprint, held_out=held_out)
 
 
 def from_main_process(survey: Survey | None) -> Path:

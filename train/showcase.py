@@ -13,14 +13,14 @@ from data.captions import compose
 from data.inspection import Inspector
 from data.samples import Sample
 from data.viewing import window_frames
-from wan_finetune.adapters import Adapter
 from wan_finetune.evaluation.compare import Comparison, compare, load_judge
 from wan_finetune.evaluation.report import Curve, Panel, Report, write_report
-from wan_finetune.pipeline import add_adapters, load_pipeline
+from wan_finetune.pipeline import load_pipeline
 from wan_finetune.sampling import Request, sample, write_clips
 
 from .config import Config
-from .tracking import Metrics, progress_bar, say
+from .terminal import progress_bar, say
+from .tracking import Metrics
 
 MOST_REFERENCES = 64
 """Brand clips that samples are compared with."""
@@ -56,14 +56,6 @@ def write(config: Config, folder: Path, kind: str, wanted: Sequence[Request], cl
     return write_clips(folder, wanted, clips, names, config.sampling, about)
 
 
-def preview_midway(config: Config, adapters: Sequence[Adapter]) -> None:
-    """Sample the preview prompts with the adapters as they stand."""
-    if wanted := preview_requests(config):
-        pipe = open_base(config)
-        add_adapters(pipe, adapters)
-        write(config, midway_folder(config), "adapter", wanted, make_clips(config, pipe, wanted, "midway preview"))
-
-
 def show(config: Config, metrics: Metrics, data: TrainingData) -> None:
     """Sample base and exported adapter side by side, evaluate, and write the report."""
     folder = config.run_folder
@@ -80,6 +72,7 @@ def show(config: Config, metrics: Metrics, data: TrainingData) -> None:
     final = folder / "samples" / "final"
     base_files = write(config, final / "base", "base", previews, base[:shown])
     adapter_files = write(config, final / "adapter", "adapter", previews, adapter[:shown])
+    metrics.show_clips([*base_files, *adapter_files])
     brand = brand_samples(data)
     with Inspector(config.data.cache, config.data.decode_timeout_seconds) as inspector:
         reference = [window_frames(s, s.start_seconds[0], config.data.fps, inspector) for s in brand]

@@ -1,31 +1,37 @@
 """Training one expert: load its base, inject LoRA, take steps. The loop is the algorithm; everything else is called."""
 
 import math
+import resource
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import release_memory
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from data.batches import Batch, Chosen, ExpertBatches, TrainingData
 from data.buckets import Bucket
 from data.prefetching import Prefetcher
-from wan_finetune.adapters import inject_lora, lora_weights, set_lora_weights
+from wan_finetune.adapters import inject_lora, lora_b, lora_weights, set_lora_weights
 from wan_finetune.addressing import seed_at
 from wan_finetune.encoders import latent_statistics, pad_text
+from wan_finetune.errors import InputError
 from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio, load_expert
-from wan_finetune.flow import add_noise, timestep, velocity
 
+from .averaging import averaged_weights, make_average, require_whole_weights
 from .config import Config
 from .identity import global_batch_size
-from .objective import Draws, draw
-from .optim import learning_rate, make_optimizer
+from .objective import draw, flow_matching_error, level_weights, noise_levels, weighted_loss
+from .optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from .optimizer_state import configuration_stays
+from .terminal import say
 
 
 @dataclass(kw_only=True)
@@ -35,6 +41,10 @@ class ExpertState:
     step: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """Weights to export instead: a moving or a schedule-free average."""
+    taken: dict[str, Tensor] = field(default_factory=dict)
+    """The LoRA's start where it was taken out of the base."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +58,22 @@ class StepRecord:
     gradient_norm: float
     learning_rate: float
     seconds: float
+    tokens_per_second: float
+    stall_seconds: float
+    """Of these seconds, how long the step waited for its data."""
+    memory_gib: float
+    """The most that has been in use so far: of the GPU, or of this process on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPart:
+    """What goes through the model at once."""
+
+    batch: Batch
+    positions: range
+    """Places of its clips in the global batch."""
+    share: float
+    """Of this process's clips in the step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,22 +105,31 @@ class ExpertTrainer:
         sizes = {str(bucket): self.global_batch_size(bucket) for bucket in buckets}
         self.batches = ExpertBatches(data, expert, config.run.seed, sizes)
         self.prefetcher = Prefetcher(self.load_step)
-        self.interval = EXPERTS[expert].interval(boundary_ratio(base))
+        self.splits: defaultdict[str, int] = defaultdict(lambda: 1)
+        """Parts in which a bucket's micro-batches are worked through, to fit into memory."""
+        interval = EXPERTS[expert].interval(boundary_ratio(base))
+        self.levels = noise_levels(self.settings.flow, interval, config.sampling)
         self.latents_mean, self.latents_std = latent_statistics(base)
         model = load_expert(base, EXPERTS[expert], getattr(torch, config.model.dtype))
         if config.model.attention != "native":
             model.set_attention_backend(config.model.attention)
-        inject_lora(model, self.settings.lora, expert, config.run.seed)
+        taken = state.taken if state.weights else None
+        state.taken = inject_lora(model, self.settings.lora, expert, config.run.seed, taken)
         if config.memory.checkpointing == "full":
             model.enable_gradient_checkpointing()
         if state.weights:
             set_lora_weights(model, state.weights)
         model.to(accelerator.device).train()
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = make_optimizer(self.parameters, self.settings.optimizer)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in named]
+        require_whole_weights(self.settings.optimizer, accelerator.distributed_type.value)
+        self.start = {} if state.weights else lora_b(lora_weights(model))
+        optimizer = make_optimizer(named, self.settings.optimizer, self.settings.learning_rate)
         if state.optimizer:
             with configuration_stays(optimizer):
-                optimizer.load_state_dict(state.optimizer)
+                load_optimizer_state(optimizer, state.optimizer)
+        decay = self.settings.optimizer.ema_decay
+        self.average = make_average(model, self.parameters, decay, state.step, state.average)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def take_step(self) -> StepRecord:
@@ -102,20 +137,15 @@ class ExpertTrainer:
 
         Raises:
             FloatingPointError: when the loss or the gradient is not finite; nothing has been updated then.
+            InputError: when the device's memory is too small and the batch cannot be split further.
         """
         began = time.monotonic()
-        step, accumulation = self.state.step, self.config.train.gradient_accumulation
+        step = self.state.step
         rate = learning_rate(step, self.settings.learning_rate, self.settings.steps, self.settings.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        loss = torch.zeros((), device=self.accelerator.device)
+        set_rate(self.optimizer, rate)
         work = self.prefetcher.take(step)
-        for index in range(accumulation):
-            last = index == accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                part = self.micro_batch_loss(work, step, index) / accumulation
-                self.accelerator.backward(part)
-            loss += part.detach()
+        loaded = time.monotonic()
+        loss = self.accumulate_gradient(work, step)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.optimizer.gradient_clip)
         loss_value, norm_value = self.accelerator.reduce(torch.stack([loss, norm.to(loss)]), "mean").tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
@@ -125,16 +155,90 @@ class ExpertTrainer:
                 f"learning rate ({self.expert}.learning_rate) or leaving out a damaged clip helps"
             )
         self.optimizer.step()
+        if self.average is not None:
+            self.average.step(self.parameters)
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
+        seconds = time.monotonic() - began
         return StepRecord(
             expert=self.expert,
             step=self.state.step,
             loss=loss_value,
             gradient_norm=norm_value,
             learning_rate=rate,
-            seconds=time.monotonic() - began,
+            seconds=seconds,
+            tokens_per_second=len(work.places) * work.places[0].sample.bucket.tokens / seconds,
+            stall_seconds=loaded - began,
+            memory_gib=memory_gib(self.accelerator.device),
         )
+
+    def rehearse(self) -> None:
+        """The largest batch once, forward and backward, so that memory runs out before the first step or not at all.
+
+        Gradients are dropped; what the optimizer will hold is held meanwhile.
+        """
+        states = [torch.empty_like(parameter) for parameter in self.parameters for _ in range(2)]
+        sizes = self.batches.schedule.batch_size
+        largest = max(self.batches.schedule.names, key=lambda name: sizes[name] * Bucket.parse(name).tokens)
+        step = self.batches.schedule.first_step_of(largest)
+        self.accumulate_gradient(self.load_step(step), step)
+        self.optimizer.zero_grad(set_to_none=True)
+        del states
+
+    def accumulate_gradient(self, work: StepWork, step: int) -> Tensor:
+        """The gradient of the step's mean loss, which is returned; batches are split until they fit into memory."""
+        bucket = str(work.places[0].sample.bucket)
+        while True:
+            try:
+                return self.backward(work, step, self.splits[bucket])
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                self.require_room(len(work.micro_batches[0].names), bucket, error)
+            # Outside of the except clause, whose traceback holds the tensors of the attempt.
+            self.optimizer.zero_grad(set_to_none=True)
+            release_memory()
+            self.splits[bucket] *= 2
+            say(f"out of memory in {bucket}: each micro-batch goes through in {self.splits[bucket]} parts from now on")
+
+    def backward(self, work: StepWork, step: int, splits: int) -> Tensor:
+        """One pass over the micro-batches, each in `splits` parts; the mean loss, on the device."""
+        total = torch.zeros((), device=self.accelerator.device)
+        parts = [part for index in range(len(work.micro_batches)) for part in self.parts_of(work, index, splits)]
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.loss_of(part, step, len(work.places)) * part.share
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def parts_of(self, work: StepWork, index: int, splits: int) -> list[BatchPart]:
+        """A micro-batch, cut into at most `splits` parts."""
+        batch, positions = work.micro_batches[index], self.positions(len(work.places), index)
+        size = -(-len(positions) // splits)
+        return [
+            BatchPart(
+                batch=batch.part(start, start + size),
+                positions=positions[start : start + size],
+                share=len(positions[start : start + size]) / (len(positions) * len(work.micro_batches)),
+            )
+            for start in range(0, len(positions), size)
+        ]
+
+    def require_room(self, clips: int, bucket: str, error: RuntimeError) -> None:
+        """Whether a batch can be split further.
+
+        Raises:
+            InputError: it cannot; what else would help.
+        """
+        if self.splits[bucket] < clips and self.accelerator.num_processes == 1:
+            return
+        why = "one clip at a time is still too much" if self.splits[bucket] >= clips else "processes must agree on it"
+        raise InputError(
+            f"out of memory in {bucket}, {self.expert} expert; splitting the batch is no way out: {why}. "
+            'Smaller buckets (data.buckets) or memory.checkpointing = "full" need less'
+        ) from error
 
     def load_step(self, step: int) -> StepWork:
         """What a step trains on: this process's micro-batches of its global batch."""
@@ -145,25 +249,49 @@ class ExpertTrainer:
         ]
         return StepWork(places=places, micro_batches=micro_batches)
 
-    def micro_batch_loss(self, work: StepWork, step: int, index: int) -> Tensor:
-        """The loss of this process's share of micro-batch `index`."""
-        batch, global_batch = work.micro_batches[index], len(work.places)
-        positions = self.positions(global_batch, index)
+    def loss_of(self, part: BatchPart, step: int, global_batch: int) -> Tensor:
+        """The mean loss over a part's clips."""
+        batch = part.batch
         latents = (batch.latents - self.latents_mean) / self.latents_std
         draws = draw(
             seed=self.config.run.seed,
             expert=self.expert,
             step=step,
-            positions=positions,
+            positions=part.positions,
             global_batch=global_batch,
-            interval=self.interval,
-            shift=self.settings.flow.shift,
+            levels=self.levels,
             shape=latents.shape[1:],
         )
-        # LoRA dropout draws from the global generators.
-        torch.manual_seed(seed_at(self.config.run.seed, self.expert, "dropout", step, positions.start))
-        errors = flow_matching_error(self.model, latents, pad_text(batch.text), draws, self.accelerator.device)
-        return weighted_loss(errors, batch.masks, batch.weights)
+        # LoRA's dropout draws from torch's own generator, and within a checkpointed block again from the same state.
+        torch.manual_seed(seed_at(self.config.run.seed, self.expert, "dropout", step, part.positions.start))
+        flow, device = self.settings.flow, self.accelerator.device
+        errors = flow_matching_error(self.model, latents, pad_text(batch.text), draws, flow, device)
+        return weighted_loss(errors, batch.masks, batch.weights * level_weights(draws.sigma, flow))
+
+    @contextmanager
+    def exported_weights(self) -> Iterator[None]:
+        """The weights that the adapter would have now: averaged ones where there are such."""
+        model = self.accelerator.unwrap_model(self.model)
+        averaged = averaged_weights(model, self.parameters, self.optimizer, self.average)
+        if not averaged:
+            yield
+            return
+        weights = lora_weights(model)
+        set_lora_weights(model, averaged)
+        try:
+            yield
+        finally:
+            set_lora_weights(model, weights)
+
+    @contextmanager
+    def lora_off(self) -> Iterator[None]:
+        """The base alone."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.disable_lora()
+        try:
+            yield
+        finally:
+            model.enable_lora()
 
     def positions(self, global_batch: int, index: int) -> range:
         """Positions in the global batch of this process's share of micro-batch `index`."""
@@ -177,50 +305,32 @@ class ExpertTrainer:
 
     def save_state(self) -> None:
         """Bring `state` up to date: weights and optimizer, copied to the CPU."""
-        self.state.weights = lora_weights(self.accelerator.unwrap_model(self.model))
-        self.state.optimizer = self.optimizer.state_dict()
+        model = self.accelerator.unwrap_model(self.model)
+        self.state.weights = lora_weights(model)
+        self.state.average = averaged_weights(model, self.parameters, self.optimizer, self.average)
+        self.state.optimizer = optimizer_state(self.optimizer)
 
     def close(self) -> None:
-        """Give the device's memory back; the state stays."""
+        """Give the device's memory back; the state stays.
+
+        Raises:
+            RuntimeError: when the steps since the start left a LoRA where it began, so that nothing ever reached it.
+        """
         self.prefetcher.close()
         self.save_state()
-        self.state.optimizer = _on_cpu(self.state.optimizer)
-        self.model = self.optimizer = None
+        self.model = self.optimizer = self.average = None
         self.parameters = []
         self.accelerator.free_memory()
+        unmoved = [name for name, value in self.start.items() if torch.equal(value, self.state.weights[name])]
+        if self.state.step and unmoved:
+            raise RuntimeError(
+                f"{self.expert} expert: {len(unmoved)} of {len(self.start)} LoRA modules have not moved by "
+                f"step {self.state.step}, {unmoved[0]} the first; no gradient reaches them"
+            )
 
 
-def flow_matching_error(
-    model: Callable[..., tuple[Tensor, ...]], latents: Tensor, text: Tensor, draws: Draws, device: torch.device
-) -> Tensor:
-    """(v(x_t, t, text) - (noise - latents))^2, [B, C, F, H, W]; text is [B, 512, D]."""
-    latents, noise, sigma = latents.to(device), draws.noise.to(device), draws.sigma.to(device)
-    predicted = model(
-        hidden_states=add_noise(latents, noise, sigma),
-        timestep=timestep(sigma),
-        encoder_hidden_states=text.to(device),
-        return_dict=False,
-    )[0]
-    return (predicted.float() - velocity(latents, noise)).square()
-
-
-def weighted_loss(errors: Tensor, masks: Tensor | None, weights: Tensor) -> Tensor:
-    """The mean over clips of errors [B, C, F, H, W], each a mean under its mask [B, F, H, W], times its weight [B]."""
-    places = errors.mean(1)
-    if masks is None:
-        clips = places.mean((1, 2, 3))
-    else:
-        masks = masks.to(places)
-        # A window that its mask hides all through has nothing to teach.
-        clips = (places * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3)).clamp_min(1e-6)
-    return (clips * weights.to(clips)).mean()
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_on_cpu(item) for item in value]
-    return value
+def memory_gib(device: torch.device) -> float:
+    """The most memory that was in use so far, of a GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

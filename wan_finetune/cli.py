@@ -1,4 +1,4 @@
-"""The command line `wan-finetune`: sample with adapters, convert adapter files, and say what a file is."""
+"""The command line `wan-finetune`: sample with adapters, pair and convert adapter files, and say what a file is."""
 
 import argparse
 import sys
@@ -41,8 +41,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     sampling.add_argument("--negative", default="", help="what to steer away from")
     sampling.set_defaults(command=sample_command)
+    pairing = commands.add_parser("pair", help="join the adapters of two runs, one of each expert, into one folder")
+    pairing.add_argument("high", type=Path, help="high-noise adapter: a file, an adapter folder, or a run's folder")
+    pairing.add_argument("low", type=Path, help="low-noise adapter, in the same way")
+    pairing.add_argument("--out", type=Path, required=True, help="folder for both, which must hold no adapter yet")
+    pairing.set_defaults(command=pair_command)
     exporting = commands.add_parser("export", help="write an adapter folder in another format")
-    exporting.add_argument("source", type=Path, help="adapter folder in the diffusers format")
+    exporting.add_argument("source", type=Path, help="adapter folder")
     exporting.add_argument("--format", choices=["diffusers", "comfyui"], required=True)
     exporting.add_argument("--out", type=Path, required=True, help="folder for the new files")
     exporting.set_defaults(command=export_command)
@@ -52,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def pair(values: list[float], name: str) -> tuple[float, float]:
+def one_or_two(values: list[float], name: str) -> tuple[float, float]:
     """One value for both experts, or (high, low)."""
     if len(values) > 2:
         raise InputError(f"{name} takes one number, or two (high low), got {len(values)}")
@@ -68,7 +73,8 @@ def sample_command(arguments: argparse.Namespace) -> None:
     from .sampling import Request, SamplingSettings, sample, write_clips
 
     quiet_libraries()
-    guidance, strength = pair(arguments.guidance, "--guidance"), pair(arguments.strength, "--strength")
+    guidance = one_or_two(arguments.guidance, "--guidance")
+    strength = one_or_two(arguments.strength, "--strength")
     width, _, height = arguments.size.partition("x")
     shift = arguments.shift
     pipe = load_pipeline(arguments.base, arguments.adapter, strength=strength, shift=shift)
@@ -97,37 +103,44 @@ def sample_command(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def pair_command(arguments: argparse.Namespace) -> None:
+    """Join a high-noise and a low-noise adapter."""
+    from .pairing import pair, what_went_in
+
+    for path in pair(arguments.high, arguments.low, arguments.out):
+        print(path)
+    print(what_went_in(arguments.out))
+
+
 def export_command(arguments: argparse.Namespace) -> None:
     """Convert the adapters of a folder."""
     from .experts import EXPERTS
-    from .formats import comfyui
-    from .formats import diffusers as diffusers_format
+    from .formats.reading import FORMATS
     from .pipeline import read_adapters
 
-    write = {"diffusers": diffusers_format.write, "comfyui": comfyui.write}[arguments.format]
     for adapter in read_adapters(arguments.source):
         path = arguments.out / EXPERTS[adapter.expert].file_name
-        write(path, adapter)
+        FORMATS[arguments.format].write(path, adapter)
         print(path)
 
 
 def inspect_command(arguments: argparse.Namespace) -> None:
     """Print format, expert, rank, alpha, targets, effect and the recorded facts."""
     from .adapters import update_norms
-    from .formats import comfyui
-    from .formats import diffusers as diffusers_format
-    from .formats.files import open_checked
+    from .formats.reading import format_of, read_file
 
-    tensors, _ = open_checked(arguments.file)
-    is_comfyui = any(name.startswith(comfyui.PREFIX) for name in tensors)
-    adapter = (comfyui if is_comfyui else diffusers_format).read(arguments.file)
+    adapter = read_file(arguments.file)
     norms = update_norms(adapter)
     strongest = max(norms, key=lambda name: norms[name])
+    kind = [name for name, is_so in {"DoRA": adapter.dora, "rsLoRA": adapter.rslora}.items() if is_so]
+    ranks = sorted({adapter.rank, *adapter.ranks.values()})
+    alphas = sorted({adapter.alpha, *adapter.alphas.values()})
     facts = {
-        "format": "comfyui" if is_comfyui else "diffusers",
-        "expert": f"{adapter.expert} noise",
-        "rank": adapter.rank,
-        "alpha": f"{adapter.alpha:g}",
+        "format": format_of(arguments.file),
+        "kind": ", ".join(kind) or "LoRA",
+        "expert": "single" if adapter.expert == "single" else f"{adapter.expert} noise",
+        "rank": ", ".join(f"{rank}" for rank in ranks),
+        "alpha": ", ".join(f"{alpha:g}" for alpha in alphas),
         "modules": f"{len(norms)} ({', '.join(adapter.targets)})",
         "update norm": f"{min(norms.values()):.3g} to {norms[strongest]:.3g} ({strongest})",
         **adapter.about,

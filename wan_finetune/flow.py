@@ -1,7 +1,7 @@
 """Flow matching as Wan trains it, restricted to one expert's noise levels.
 
     x_t = (1 - sigma) x_0 + sigma noise,   target = noise - x_0,   t = 1000 sigma
-    sigma = s u / (1 + (s - 1) u),         u uniform (the shift s of Esser et al. 2024, arXiv:2403.03206)
+    sigma = s u / (1 + (s - 1) u),         the shift s of Esser et al. 2024 (arXiv:2403.03206); `density` draws u
 
 Everything here is fp32: in bf16 the high expert's range has some 32 distinct values.
 """
@@ -36,14 +36,11 @@ def unshift_sigma(sigma: Tensor, shift: float) -> Tensor:
     return sigma / (shift - (shift - 1.0) * sigma)
 
 
-def sample_sigma(u: Tensor, interval: Interval, shift: float) -> Tensor:
-    """Uniform draws u, [B] in [0, 1), -> noise levels inside the interval, [B] fp32.
+def clamp_to(interval: Interval, sigma: Tensor) -> Tensor:
+    """Noise levels, fp32, moved by rounding errors at most, so that each has its timestep inside the interval.
 
-    Time is restricted before the shift: this is exactly the shifted density given the expert, and nothing is
-    rejected. Rounding never leaves the interval: the boundary belongs to the high expert, as in `WanPipeline`.
+    The boundary itself belongs to the high expert, as in `WanPipeline`.
     """
-    edges = unshift_sigma(torch.tensor([interval.low, interval.high], dtype=torch.float64), shift)
-    sigma = shift_time(edges[0] + (edges[1] - edges[0]) * u.double(), shift).float()
     top = torch.tensor(1.0)
     if interval.high < 1.0:
         top = torch.nextafter(first_sigma_at(interval.high * NUM_TRAIN_TIMESTEPS), torch.tensor(0.0))

@@ -8,14 +8,14 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
 from .errors import InputError
-from .experts import EXPERTS, base_folder
-from .formats import diffusers as diffusers_format
+from .experts import EXPERTS, LOW, base_folder, boundary_ratio
+from .formats.reading import read_file
 
 if TYPE_CHECKING:
     from .adapters import Adapter
 
 ADAPTER_NAME = "brand"
-COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer")
 
 
 def load_pipeline(
@@ -32,7 +32,8 @@ def load_pipeline(
 
     Args:
         base: `pocket`, a diffusers folder, or a repository of the Hub.
-        adapter: a folder or a Hub repository with `high_noise.safetensors`, `low_noise.safetensors` or both.
+        adapter: a folder or a Hub repository with `high_noise.safetensors`, `low_noise.safetensors` or both; for a base
+            with one denoiser, with `pytorch_lora_weights.safetensors`.
         strength: of the adapters; one number, or (high, low). A base with one denoiser takes the first.
         shift: flow shift of the UniPC sampler. Left out: the one the adapter was previewed with, else the base's own.
         dtype: of the denoisers and the text encoder; bf16 on a GPU and fp32 on a CPU when left out. The autoencoder
@@ -45,6 +46,8 @@ def load_pipeline(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder = base_folder(base, COMPONENTS, revision)
+    if boundary_ratio(folder) is not None:
+        folder = base_folder(base, (*COMPONENTS, LOW.component), revision)
     adapters = read_adapters(adapter) if adapter is not None else []
     vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
     pipe = WanPipeline.from_pretrained(folder, vae=vae, dtype=dtype)
@@ -76,19 +79,19 @@ def set_shift(pipe: WanPipeline, shift: float | None) -> None:
 
 
 def read_adapters(source: str | Path) -> "list[Adapter]":
-    """The adapters in a folder or Hub repository, at least one."""
+    """The adapters in a folder or Hub repository, at least one, of any format that is read here."""
     folder = Path(source)
     if not folder.is_dir():
         folder = fetch_adapters(str(source))
     found = [e for e in EXPERTS.values() if (folder / e.file_name).is_file()]
     if not found:
         names = " nor ".join(e.file_name for e in EXPERTS.values())
-        raise InputError(f"{folder}: has neither {names}; an adapter folder holds one or both")
-    return [diffusers_format.read(folder / e.file_name, e.name) for e in found]
+        raise InputError(f"{folder}: has neither {names}; an adapter folder holds the first two or one of them")
+    return [read_file(folder / e.file_name, e.name) for e in found]
 
 
 def fetch_adapters(repository: str) -> Path:
-    """Bring an adapter repository's two files into the local cache."""
+    """Bring an adapter repository's files into the local cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -102,20 +105,30 @@ def fetch_adapters(repository: str) -> Path:
 
 
 def add_adapters(pipe: WanPipeline, adapters: "Sequence[Adapter]", strength: float | tuple[float, float] = 1.0) -> None:
-    """Inject adapters into the experts they belong to, every key matched."""
+    """Inject adapters into the experts they belong to, every key matched.
+
+    Raises:
+        InputError: when one is of an expert, a size or of modules that the base has not.
+    """
     from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
     high, low = strength if isinstance(strength, tuple) else (strength, strength)
     strengths = {"high": high, "low": low, "single": high}
     for adapter in adapters:
+        title = EXPERTS[adapter.expert].title
+        if (pipe.config.boundary_ratio is None) != (adapter.expert == "single"):
+            has = "one denoiser" if pipe.config.boundary_ratio is None else "a high-noise and a low-noise expert"
+            raise InputError(f"the adapter of {title} does not fit this base, which has {has}")
         model = getattr(pipe, EXPERTS[adapter.expert].component)
-        config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets))
-        model.add_adapter(config, ADAPTER_NAME)
+        try:
+            model.add_adapter(LoraConfig(**adapter.peft_config()), ADAPTER_NAME)
+        except ValueError as error:
+            raise InputError(f"the adapter of {title} does not fit this base: {error}") from None
         expected = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME)
         shapes = {name: value.shape for name, value in expected.items()}
         if shapes != {name: value.shape for name, value in adapter.weights.items()}:
             raise InputError(
-                f"the adapter of {EXPERTS[adapter.expert].title} does not fit this base: its modules or sizes differ "
+                f"the adapter of {title} does not fit this base: its modules or sizes differ "
                 f"({len(adapter.weights)} weights against {len(shapes)})"
             )
         set_peft_model_state_dict(model, dict(adapter.weights), adapter_name=ADAPTER_NAME)

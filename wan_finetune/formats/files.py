@@ -10,7 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError
+from ..experts import EXPERTS, ExpertName
 
+ABOUT = "wan_finetune"
+"""Metadata key of our own facts, one JSON object."""
 MAX_HEADER_BYTES = 4 << 20
 MAX_KEYS = 20_000
 
@@ -76,3 +79,32 @@ def open_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(f"{path}: damaged safetensors file ({error})") from None
+
+
+def about_of(path: Path, metadata: dict[str, str]) -> dict[str, str]:
+    """Our own facts in a file's metadata, the expert among them; empty in another tool's file."""
+    try:
+        about = json.loads(metadata.get(ABOUT, "{}"))
+        return {str(key): str(value) for key, value in about.items()}
+    except (ValueError, AttributeError):
+        raise InputError(f"{path}: its metadata ({ABOUT}) is no JSON object") from None
+
+
+def checked_expert(path: Path, said: str | None, wanted: ExpertName | None) -> ExpertName:
+    """Whose adapter a file is: what it says, or what is wanted of one that says nothing.
+
+    Raises:
+        InputError: when neither says it, or they differ.
+    """
+    if said is None:
+        if wanted is None:
+            raise InputError(f"{path}: does not say of which expert it is; not written by this toolkit")
+        return wanted
+    known = next((name for name in EXPERTS if name == said), None)
+    if known is None:
+        raise InputError(f"{path}: unknown expert {said!r}")
+    if wanted is not None and known != wanted:
+        raise InputError(
+            f"{path}: is the adapter of {EXPERTS[known].title}, not of {EXPERTS[wanted].title}; are the two swapped?"
+        )
+    return known

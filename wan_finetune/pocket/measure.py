@@ -9,8 +9,9 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
 from ..addressing import numpy_rng, torch_rng
+from ..density import Uniform, sample_sigma
 from ..experts import HIGH, LOW
-from ..flow import add_noise, sample_sigma, timestep, velocity
+from ..flow import add_noise, timestep, velocity
 from ..sampling import Request, SamplingSettings, sample
 from . import world
 from .autoencoder import clip_tensor
@@ -100,7 +101,7 @@ def measure_experts(pipe: WanPipeline, count: int = 256) -> dict[str, Specialisa
                 [world.caption(s, "en") for s in batch], do_classifier_free_guidance=False, max_sequence_length=512
             )
             generator = torch_rng("experts", expert.name, first)
-            sigma = sample_sigma(torch.rand(len(batch), generator=generator), interval, SAMPLING.shift)
+            sigma = sample_sigma(torch.rand(len(batch), generator=generator), interval, SAMPLING.shift, Uniform())
             noise = torch.randn(latents.shape, generator=generator)
             for component, values in losses.items():
                 model: WanTransformer3DModel = getattr(pipe, component)
