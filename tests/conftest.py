@@ -75,7 +75,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_config(tiny_base: Path, shared: Path, tmp_path: Path) -> "Callable[..., Config]":
     """A quick run of the pocket configuration on the tiny base; overrides may follow."""
-    from tests.tiny_run import tiny_config
+    from tests.tiny_runs import tiny_config
 
     return functools.partial(tiny_config, tiny_base, shared, tmp_path)
 

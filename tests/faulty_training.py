@@ -31,9 +31,9 @@ PHASES = {
     "the configuration is read": ("train.__main__", "load_settings"),
     "clips are encoded": ("data.filling", "Cache.write"),
     "an expert is loaded": ("train.trainer", "load_expert"),
-    "a step is taken": ("train.trainer", "flow_matching_error"),
+    "a step is taken": ("train.trainer", "ExpertTrainer.backward"),
     "a checkpoint is written": ("train.checkpoint", "write_checkpoint"),
-    "a preview is made": ("train.job", "showcase.preview_midway"),
+    "a preview is made": ("train.previews", "make_clips"),
     "the adapter is verified": ("train.job", "verify_adapter_folder"),
     "samples are made": ("train.showcase", "sample"),
     "the evaluation compares": ("train.showcase", "compare"),
@@ -81,13 +81,13 @@ def train_child(config: Path, fault: Fault) -> int:
 
 def install(fault: Fault) -> None:
     """Build the fault in."""
-    from train import checkpoint, job, showcase
+    from train import checkpoint, job, previews, showcase
 
     # The disk's cache survives a process, and forcing it out takes most of a tiny run's time.
     checkpoint.sync = lambda path: None
     if not fault.whole_job:
         job.write_adapter_folder = lambda *_: []
-        job.verify_adapter_folder = showcase.show = showcase.preview_midway = lambda *_: None
+        job.verify_adapter_folder = showcase.show = previews.Previews.make = lambda *_: None
     if not fault.prefetch:
         replace_prefetcher()
     if fault.killed_while:
@@ -130,6 +130,20 @@ def before(owner: Any, name: str, act: Callable[..., None]) -> None:
         return original(*arguments, **keywords)
 
     setattr(owner, name, wrapped)
+
+
+def before_each_part(act: Callable[..., None]) -> None:
+    """Call `act(trainer, part, step, number of the part in its step)` before the loss of each part of a batch."""
+    from train.trainer import ExpertTrainer
+
+    last: dict[str, Any] = {"step": None, "part": 0}
+
+    def counted(trainer: ExpertTrainer, part: Any, step: int, global_batch: int) -> None:
+        now = (trainer.expert, step)
+        last.update(step=now, part=last["part"] + 1 if now == last["step"] else 0)
+        act(trainer, part, step, last["part"])
+
+    before(ExpertTrainer, "loss_of", counted)
 
 
 def kill_while_writing(phase: str, occurrence: int) -> None:
@@ -187,12 +201,12 @@ def end_in_training(fault: Fault) -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
         return record
 
-    def act(self: ExpertTrainer, work: Any, step: int, index: int) -> None:
-        if self.expert == "high" and (step, index) == fault.killed_at:
+    def act(trainer: ExpertTrainer, part: Any, step: int, index: int) -> None:
+        if trainer.expert == "high" and (step, index) == fault.killed_at:
             die()
 
     ExpertTrainer.take_step = take_step  # type: ignore[method-assign]
-    before(ExpertTrainer, "micro_batch_loss", act)
+    before_each_part(act)
 
 
 def poison(kind: str, expert: str, step: int) -> None:
@@ -204,15 +218,15 @@ def poison(kind: str, expert: str, step: int) -> None:
 
     now: dict[str, Any] = {"due": False}
 
-    def act(self: ExpertTrainer, work: Any, number: int, index: int) -> None:
-        now["due"] = due = (self.expert, number + 1, index) == (expert, step, 0)
-        now["parameters"] = self.parameters
+    def act(trainer: ExpertTrainer, part: Any, number: int, index: int) -> None:
+        now["due"] = due = (trainer.expert, number + 1, index) == (expert, step, 0)
+        now["parameters"] = trainer.parameters
         if due and kind == "latent":
-            work.micro_batches[0].latents[0, 0, 0, 0, 0] = float("nan")
+            part.batch.latents[0, 0, 0, 0, 0] = float("nan")
         if due and kind == "text":
-            work.micro_batches[0].text[0] = torch.full_like(work.micro_batches[0].text[0], float("inf"))
+            part.batch.text[0] = torch.full_like(part.batch.text[0], float("inf"))
 
-    before(ExpertTrainer, "micro_batch_loss", act)
+    before_each_part(act)
     if kind == "loss":
         error = trainer.flow_matching_error
         trainer.flow_matching_error = lambda *a: error(*a) * (float("inf") if now["due"] else 1.0)
@@ -249,15 +263,14 @@ def count_updates() -> None:
 
 def log_what_is_trained_on(path: Path) -> None:
     """One line a micro-batch: its clips, and sums of what was read of them."""
-    from train.trainer import ExpertTrainer
 
-    def act(self: ExpertTrainer, work: Any, step: int, index: int) -> None:
-        batch = work.micro_batches[index]
+    def act(trainer: Any, part: Any, step: int, index: int) -> None:
+        batch = part.batch
         told = [float(value.double().sum()).hex() for value in [batch.latents, *batch.text]]
         with path.open("a") as file:
-            file.write(json.dumps([self.expert, step, index, batch.names, told]) + "\n")
+            file.write(json.dumps([trainer.expert, step, index, batch.names, told]) + "\n")
 
-    before(ExpertTrainer, "micro_batch_loss", act)
+    before_each_part(act)
 
 
 def trained_on(folder: Path) -> dict[tuple[str, int, int], Any]:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.disk_faults import largest_file, small_disk
-from tests.tiny_run import same
+from tests.tiny_runs import same
 from train.checkpoint import MANIFEST, States, found, resume, save_checkpoint, sole_writer, verify
 from train.config import TrainSettings
 from train.identity import Identity

@@ -1,67 +1,27 @@
 """The trainer is exact: however it is stopped, killed, split or watched, it ends at the same bytes."""
 
-import hashlib
 import itertools
 import json
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from tests.faulty_training import WRITING, Fault, soak_child, train_child, trained_on
+from tests.child_runs import checkpoints, finish, losses, result, start, start_pair
+from tests.faulty_training import WRITING, Fault, soak_child, trained_on
 from tests.fork_server import ROOT, Child, fork
-from tests.tiny_run import tiny_config, write_config
+from tests.tiny_runs import tiny_config, write_config
 from train.checkpoint import found, load_states, verify
 from train.config import Config
 
-MANY_CHECKPOINTS = ["train.checkpoint_every_steps=1", "sampling.prompts=[]"]
-
-
-def start(config: Config, fault: Fault = Fault(), environment: Mapping[str, str] | None = None) -> Child:  # noqa: B008
-    environment = {"ACCELERATE_USE_CPU": "true", **(environment or {})}
-    log = config.run.folder / f"{config.run.name}-{environment.get('RANK', '0')}.log"
-    return fork(train_child, write_config(config), fault, log=log, environment=environment)
-
-
-def start_pair(config: Config, fault: Fault = Fault()) -> list[Child]:  # noqa: B008
-    """Two processes of one training, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(config, fault, {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
-
-
-def finish(config: Config, fault: Fault = Fault()) -> None:  # noqa: B008
-    child = start(config, fault)
-    assert child.wait() == 0, child.output
-
-
-def checkpoints(config: Config) -> Path:
-    return config.run_folder / "checkpoints"
-
-
-def result(config: Config) -> dict[str, str]:
-    """The hash of each file of both experts in the last checkpoint: weights, optimizer and state."""
-    last = found(checkpoints(config))[0]
-    assert verify(last) is None
-    files = [path for name in ("high", "low") for path in sorted((last / name).glob("*"))]
-    return {str(path.relative_to(last)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def losses(config: Config) -> dict[tuple[str, int], str]:
-    """To the bit, by expert and step; no step comes twice."""
-    lines = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
-    assert len({(line["expert"], line["step"]) for line in lines}) == len(lines)
-    return {(line["expert"], line["step"]): float(line["loss"]).hex() for line in lines}
+QUIET = ["sampling.prompts=[]", "validation.every_steps=0"]
+MANY_CHECKPOINTS = ["train.checkpoint_every_steps=1", *QUIET]
 
 
 def updates(child: Child) -> int:
@@ -138,7 +98,7 @@ CELLS = list(
 def cell_config(make: Callable[..., Config], name: str, augmented: bool, dropout: str) -> Config:
     return make(
         f"run.name='{name}'",
-        *["high.steps=8", "low.steps=2", "train.gradient_accumulation=2", "train.round_steps=8", "sampling.prompts=[]"],
+        *["high.steps=8", "low.steps=2", "train.gradient_accumulation=2", "train.round_steps=8", *QUIET],
         *[f"data.caption_dropout={dropout}", "train.checkpoint_every_steps=2", *(AUGMENTATION if augmented else [])],
     )
 
@@ -208,7 +168,7 @@ def test_augmentation_and_caption_dropout_change_what_is_trained_on(references):
 
 # --- on another number of processes, in another split ----------------------------------------------------------------
 
-ELASTIC = ["train.batch_size=2", "high.steps=6", "low.steps=2", "train.round_steps=6", "sampling.prompts=[]"]
+ELASTIC = ["train.batch_size=2", "high.steps=6", "low.steps=2", "train.round_steps=6", *QUIET]
 ALONE, PAIR = "train.gradient_accumulation=2", "train.gradient_accumulation=1"
 
 
@@ -270,6 +230,7 @@ def test_another_split_of_the_global_batch_moves_a_loss_by_a_millionth_at_most(m
 WATCHING = {
     "no checkpoint but at the ends": ["train.checkpoint_every_steps=100"],
     "previews with other prompts, seeds and steps": ["sampling.seeds=[1, 2]", "sampling.steps=3"],
+    "held-out losses": ["validation.every_steps=1", "validation.clips=1"],
     "other evaluation": ["evaluation.prompts=['A red circle moves up in a desert.']", "evaluation.seeds=[7, 8]"],
     "one expert after the other": ["train.order='sequence'"],
     "short rounds": ["train.round_steps=1"],
@@ -281,7 +242,7 @@ def test_nothing_that_is_watched_or_saved_moves_the_training(make_config, whole)
     for number, (what, overrides) in enumerate(WATCHING.items()):
         config = make_config(f"run.name='watched-{number}'", "train.checkpoint_every_steps=3", *overrides)
         # The whole job: previews in the middle of training, evaluation and export at its end.
-        finish(config, Fault(whole_job=number < 3))
+        finish(config, Fault(whole_job=number < 4))
         assert result(config) == whole[1], what
         assert losses(config) == losses(whole[0]), what
 
@@ -336,7 +297,7 @@ def test_every_poison_stops_the_run_before_the_update(make_config):
 def test_two_thousand_steps_and_a_hundred_checkpoints_hold_on_to_nothing(make_config, tmp_path):
     config = make_config(
         *["train.experts=['high']", "high.steps=2000", "train.round_steps=2000", "train.checkpoint_every_steps=20"],
-        "sampling.prompts=[]",
+        *QUIET,
     )
     facts = tmp_path / "facts.jsonl"
     child = fork(

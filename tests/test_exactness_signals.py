@@ -14,17 +14,23 @@ from pathlib import Path
 
 import pytest
 
+from tests.child_runs import checkpoints, finish, result, start
 from tests.faulty_training import PHASES, Fault
 from tests.fork_server import ROOT, fork, wait_for
 from tests.process_facts import is_running
-from tests.test_exactness import checkpoints, finish, result, start
 from tests.test_launch import Checkout, checkout, write_script  # noqa: F401 a fixture
-from tests.tiny_run import tiny_config, write_config
+from tests.tiny_runs import tiny_config, write_config
 from train.checkpoint import found, verify
 from train.config import Config
 from train.signals import SIGNALS, STATUSES, Stopped, StopRequest
 
-JOB = ["train.gradient_accumulation=2", "high.steps=2", "low.steps=2", "train.round_steps=1"]
+JOB = [
+    "train.gradient_accumulation=2",
+    "high.steps=2",
+    "low.steps=2",
+    "train.round_steps=1",
+    "validation.every_steps=0",
+]
 IN_TRAINING = ("a step is taken", "a checkpoint is written")
 """Phases in which a signal waits for the end of the step, and a checkpoint is made."""
 
@@ -38,17 +44,21 @@ def undisturbed(tiny_base, shared, tmp_path_factory) -> dict[str, str]:
 
 
 def make_job(make_config, name: str, phase: str, *overrides: str) -> Config:
-    config = make_config(f"run.name='{name}'", *JOB, *overrides)
-    if phase == "clips are encoded":
-        config = make_config(f"run.name='{name}'", *JOB, *overrides, f"data.cache='{config.run.folder / name}-cache'")
-    return config
+    settings = [f"run.name='{name}'", *JOB, *overrides]
+    config = make_config(*settings)
+    own = {
+        "clips are encoded": f"data.cache='{config.run.folder / name}-cache'",
+        "samples are made": "sampling.prompts=[]",  # or the preview's samples come first
+    }
+    return make_config(*settings, own[phase]) if phase in own else config
 
 
 def check_what_is_left(config: Config, phase: str, undisturbed: dict[str, str], output: str) -> None:
     """A checkpoint of the step that was under way, or of all before; and the same command goes on to the same bytes."""
     held = [path.name for path in found(checkpoints(config)) if verify(path) is None]
     if phase in IN_TRAINING:
-        assert held[0] == "step-000001" and "stopping after high step 1, which is saved" in output
+        assert held[0] == "step-000001"
+        assert ("stopping after high step 1, which is saved" in output) == (phase == "a step is taken")
     elif phase in list(PHASES)[5:]:
         assert held[0] == ("step-000002" if phase == "a preview is made" else "step-000004")
     one_process = config.model_copy(
@@ -71,7 +81,7 @@ def signal_in_phase(make_config, undisturbed, phase: str, number: signal.Signals
     check_what_is_left(config, phase, undisturbed, child.output)
 
 
-@pytest.mark.parametrize(("phase", "number"), zip(PHASES, itertools.cycle(SIGNALS), strict=False), ids=str)
+@pytest.mark.parametrize(("phase", "number"), [*zip(PHASES, SIGNALS * 3, strict=True)], ids=str)
 def test_a_signal_in_any_phase_ends_with_143_and_loses_nothing(make_config, undisturbed, phase, number):
     signal_in_phase(make_config, undisturbed, phase, number)
 
@@ -82,7 +92,7 @@ def test_each_signal_in_each_phase_ends_with_143_and_loses_nothing(make_config, 
         signal_in_phase(make_config, undisturbed, phase, number)
 
 
-# --- through launch.sh, accelerate's launcher and torchrun's agent, to two processes ---
+# --- through launch.sh, accelerate's launcher and torchrun's agent, to two processes ---------------------------------
 
 # Takes the place of `-m train`, and makes a fault of it.
 FAULTY_MAIN = """\
@@ -106,10 +116,9 @@ def launch(checkout: Checkout, config: Config, fault: Fault) -> tuple[subprocess
     (job / "fault").write_bytes(pickle.dumps(fault))
     write_script(checkout.root / "train" / "__main__.py", FAULTY_MAIN.format(root=str(ROOT), job=str(job)))
     checkout.env |= {name: value for name, value in os.environ.items() if name.startswith(("HF_", "OMP_", "TOKEN"))}
-    log = (job / "log").open("wb")
-    return subprocess.Popen(
-        [checkout.root / "launch.sh"], cwd=checkout.root, env=checkout.env, stdout=log, stderr=log
-    ), job
+    with (job / "log").open("wb") as log:
+        command = [checkout.root / "launch.sh"]
+        return subprocess.Popen(command, cwd=checkout.root, env=checkout.env, stdout=log, stderr=log), job
 
 
 def signal_through_launcher(make_config, checkout, undisturbed, phase, number, to_rank) -> None:  # noqa: F811
@@ -163,7 +172,7 @@ def test_a_failure_of_the_processes_is_the_commands_failure(checkout, content, e
     assert done.returncode == expected, done.stderr
 
 
-# --- what a signal does ---
+# --- what a signal does ----------------------------------------------------------------------------------------------
 
 
 def test_a_signal_that_waits_is_raised_when_the_wait_ends():

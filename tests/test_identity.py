@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_run import same, train
+from tests.tiny_runs import same, train
 from train.checkpoint import found
 from train.config import Config
 from train.engine import make_accelerator

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.tiny_run import close, train
+from tests.tiny_runs import close, train
 from train.engine import make_accelerator
 from train.precompute import prepare_data
 from train.trainer import ExpertState, ExpertTrainer

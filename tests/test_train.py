@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from data.sources import make_folder
-from tests.tiny_run import close, same, train
+from tests.tiny_runs import close, same, train
 from train.config import Config
 from train.engine import make_accelerator
 from train.job import run

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from tests.tiny_run import same, train
+from tests.tiny_runs import same, train
 from train.job import make_adapter
 from train.signals import Stopped
 from train.trainer import ExpertTrainer

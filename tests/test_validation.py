@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.holdout import hold_out
-from tests.tiny_run import same, train
+from tests.tiny_runs import same, train
 from train.engine import make_accelerator
 from train.job import run
 from train.precompute import prepare_data

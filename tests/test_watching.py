@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import train.terminal
-from tests.tiny_run import train as train_states
+from tests.tiny_runs import train as train_states
 from train.effect import effect_size
 from train.panel import Figures, duration
 from train.previews import Previews

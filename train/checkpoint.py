@@ -47,12 +47,10 @@ class Part(NamedTuple):
 
     expert: ExpertName
     step: int
-    weights: Mapping[str, Tensor]
-    optimizer: dict[str, Tensor]
+    tensors: dict[str, dict[str, Tensor]]
+    """By the name of their file."""
     plain: dict[str, Any]
     """What of the optimizer is no tensor."""
-    extras: Mapping[str, Mapping[str, Tensor]]
-    """Of `EXTRAS`, those that the state has."""
 
 
 @contextmanager
@@ -86,11 +84,13 @@ def save_checkpoint(folder: Path, states: Mapping[ExpertName, ExpertState], iden
     total = sum(part.step for part in parts)
     target = folder / f"step-{total:06d}"
     partial = folder / f".{target.name}.partial"
+    if target.is_dir() and verify(target) is None:
+        return target  # of a stretch in which no step was taken
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_checkpoint(partial, parts, identity)
         if target.exists():
-            # Damaged, or the run would not be here again: it went on from the one before.
+            # Damaged: the run went on from the one before, and is here again.
             retire(target)
         os.rename(partial, target)
         sync(folder)
@@ -110,9 +110,9 @@ def save_checkpoint(folder: Path, states: Mapping[ExpertName, ExpertState], iden
 
 def part_of(name: ExpertName, state: ExpertState) -> Part:
     """An expert's state, as files hold it."""
-    tensors, plain = flatten_optimizer(state.optimizer)
-    extras = {extra: held for extra in EXTRAS if (held := getattr(state, extra))}
-    return Part(name, state.step, state.weights, tensors, plain, extras)
+    optimizer, plain = flatten_optimizer(state.optimizer)
+    extras = {extra: tensors for extra in EXTRAS if (tensors := getattr(state, extra))}
+    return Part(name, state.step, {"adapter": dict(state.weights), "optimizer": optimizer, **extras}, plain)
 
 
 def write_checkpoint(partial: Path, parts: Sequence[Part], identity: Identity) -> None:
@@ -120,10 +120,8 @@ def write_checkpoint(partial: Path, parts: Sequence[Part], identity: Identity) -
     for part in parts:
         folder = partial / part.expert
         folder.mkdir(parents=True)
-        save_file(dict(part.weights), folder / "adapter.safetensors")
-        save_file(part.optimizer, folder / "optimizer.safetensors")
-        for extra, held in part.extras.items():
-            save_file(dict(held), folder / f"{extra}.safetensors")
+        for name, tensors in part.tensors.items():
+            save_file(tensors, folder / f"{name}.safetensors")
         (folder / "state.json").write_text(json.dumps({"step": part.step, "optimizer": part.plain}))
     save_file({"samples": identity.samples}, partial / SAMPLES)
     manifest: dict[str, Any] = {
@@ -193,11 +191,12 @@ def load_state(folder: Path) -> ExpertState:
     """One expert's state."""
     plain = json.loads((folder / "state.json").read_text())
     tensors = load_file(folder / "optimizer.safetensors")
+    extras = {name: load_file(path) for name in EXTRAS if (path := folder / f"{name}.safetensors").is_file()}
     return ExpertState(
         step=plain["step"],
         weights=load_file(folder / "adapter.safetensors"),
         optimizer=unflatten_optimizer(tensors, plain["optimizer"]),
-        **{extra: load_file(file) for extra in EXTRAS if (file := folder / f"{extra}.safetensors").is_file()},
+        **extras,
     )
 
 
@@ -256,8 +255,7 @@ def self_consistent(manifest: Mapping[str, Any]) -> bool:
 
 def require_finite(part: Part) -> None:
     """Keep a broken state off the disk."""
-    extras = [pair for held in part.extras.values() for pair in held.items()]
-    for key, value in [*part.weights.items(), *part.optimizer.items(), *extras]:
+    for key, value in [item for tensors in part.tensors.values() for item in tensors.items()]:
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise FloatingPointError(
                 f"{part.expert} expert, step {part.step}: {key} is not finite after the update, and was not saved; "
@@ -267,8 +265,8 @@ def require_finite(part: Part) -> None:
 
 def size_bytes(parts: Sequence[Part], identity: Identity) -> int:
     """What a checkpoint takes on disk, but for a few thousand bytes."""
-    tables = [table for part in parts for table in (part.weights, part.optimizer, *part.extras.values())]
-    return identity.samples.nbytes + sum(tensor.nbytes for table in tables for tensor in table.values())
+    held = [value for part in parts for tensors in part.tensors.values() for value in tensors.values()]
+    return sum(tensor.nbytes for tensor in [identity.samples, *held])
 
 
 def retire(checkpoint: Path) -> None:

@@ -82,12 +82,12 @@ def train_experts(
         say("going on from " + ", ".join(f"{name} step {state.step}" for name, state in states.items()))
     reached = {name: state.step for name, state in states.items()}
     metrics.forget_after(reached)
-    validation = Validation(config.validation, config.run_folder, accelerator)
-    validation.begin(reached)
-    figures, previews = Figures(config.steps(), reached), Previews(config, metrics.show_clips)
     if accelerator.is_main_process:
         # Not before it is clear that this run may go on: the file must stay that of the checkpoints.
         (config.run_folder / "config.toml").write_text(tomli_w.dumps(config.resolved()))
+    validation = Validation(config.validation, config.run_folder, accelerator)
+    validation.begin(reached)
+    figures, previews = Figures(config.steps(), reached), Previews(config, metrics.show_clips)
 
     def save() -> None:
         if accelerator.is_main_process:

@@ -194,9 +194,8 @@ def count_windows(config: Config, source: SourceConfig) -> int | None:
     """Windows of the clips in a source's folder; None for what would have to be read, or is not there yet."""
     from data.sources.paths import is_media
 
-    mode = source.windows or config.data.windows
+    mode, several = config.data.windows_of(source)
     if source.path is None or not source.path.is_dir() or mode == "all" or source.shots:
         return None
-    several = source.windows_per_clip or config.data.windows_per_clip
     clips = sum(is_media(name) for _, _, names in os.walk(source.path) for name in names)
     return clips * (several if mode in ("uniform", "random") else 1)

@@ -1,11 +1,10 @@
-"""Quick runs on the tiny base, and when two of them are the same."""
+"""Quick runs on the tiny base, and what it means that two of them ended alike."""
 
 from pathlib import Path
 
 import tomli_w
 import torch
 
-from train.checkpoint import States
 from train.config import Config
 from train.engine import make_accelerator
 from train.job import train_experts
@@ -44,7 +43,7 @@ def write_config(config: Config) -> Path:
     return path
 
 
-def train(config: Config) -> States:
+def train(config: Config) -> dict[str, ExpertState]:
     accelerator = make_accelerator(config)
     data = prepare_data(config, accelerator)
     base = base_folder(config.model.base)
