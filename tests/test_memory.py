@@ -39,7 +39,7 @@ def test_a_bucket_without_a_policy_of_its_own_has_the_general_one():
 
 def test_every_row_of_the_support_table_runs_or_says_key_reason_and_remedy():
     rows = every_combination()
-    assert len(rows) == len(set(rows)) == 4 * 5 * 3 * 3 * 3
+    assert len(rows) == len(set(rows)) == 4 * 5 * 3 * 2 * 3 * 3
     keys = ("train.mixed_precision", "memory.", "PiSSA", "DoRA")
     for row in rows:
         reason = refusal(row)
@@ -58,9 +58,11 @@ def test_what_goes_wrong_silently_is_refused_whatever_else_is_chosen():
         if row.precision == "fp16" or (row.adaptation == "pissa" and (row.quantization != "none" or row.kept)):
             assert refusal(row)
     plain = [
-        Combination(quantization=kind, engine=engine, precision=precision)
-        for kind, engine, precision in itertools.product(
-            ("none", "fp8", "int8", "nf4"), ("single", "ddp"), ("no", "bf16")
+        Combination(quantization=kind, engine=engine, precision=precision, dtype=dtype)
+        for kind, engine, (precision, dtype) in itertools.product(
+            ("none", "fp8", "int8", "nf4"),
+            ("single", "ddp"),
+            (("no", "float32"), ("bf16", "float32"), ("bf16", "bfloat16")),
         )
     ]
     assert not any(refusal(row) for row in plain)

@@ -77,7 +77,7 @@ class InputOffload:
         them."""
 
         def pack(value: Tensor) -> Tensor | Parked:
-            if value.data_ptr() != hidden_states.data_ptr() or value.shape != hidden_states.shape:
+            if not value.is_set_to(hidden_states):
                 return value
             parked = Parked(value, self.last and self.last(), self.copies)
             self.last = weakref.ref(parked)

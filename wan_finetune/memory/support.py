@@ -12,6 +12,7 @@ from .settings import Quantization
 
 Engine = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 Precision = Literal["no", "bf16", "fp16"]
+BaseDtype = Literal["bfloat16", "float32"]
 Adaptation = Literal["lora", "dora", "pissa"]
 """Plain LoRA, DoRA, or LoRA that starts from the base's own singular vectors and takes them out of it."""
 
@@ -25,6 +26,8 @@ class Combination:
     quantization: Quantization = "none"
     engine: Engine = "single"
     precision: Precision = "bf16"
+    dtype: BaseDtype = "bfloat16"
+    """Of the base, before quantisation: model.dtype."""
     streaming: bool = False
     adaptation: Adaptation = "lora"
     kept: bool = False
@@ -38,6 +41,11 @@ def refusal(wanted: Combination) -> str | None:
         return (
             'train.mixed_precision = "fp16": Wan was trained in bf16 and its activations leave the range of fp16; '
             'use "bf16", or "no" on cards without it'
+        )
+    if wanted.precision == "no" and wanted.dtype == "bfloat16":
+        return (
+            'train.mixed_precision = "no" with model.dtype = "bfloat16": inputs in fp32 would meet weights in bf16; '
+            'use mixed_precision = "bf16", or model.dtype = "float32"'
         )
     if kind != "none" and engine in SHARDED:
         return (
@@ -100,12 +108,13 @@ def check_supported(wanted: Combination) -> None:
 
 
 def every_combination() -> list[Combination]:
-    """The whole table, 480 rows."""
+    """The whole table."""
     return [
         Combination(
             quantization=quantization,
             engine=engine,
             precision=precision,
+            dtype=dtype,
             streaming=streaming,
             adaptation=adaptation,
             kept=kept,
@@ -113,6 +122,7 @@ def every_combination() -> list[Combination]:
         for quantization in get_args(Quantization)
         for engine in get_args(Engine)
         for precision in get_args(Precision)
+        for dtype in get_args(BaseDtype)
         for streaming, kept in ((False, False), (True, False), (False, True))
         for adaptation in get_args(Adaptation)
     ]
