@@ -44,10 +44,11 @@ class LiveBytes(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         self.calls[name] += 1
         # What offloading asks of the host names its device; nothing else in a step does.
-        if not (name == "empty_like" and kwargs.get("device") is not None):
-            for leaf in tree_leaves(results):
-                if isinstance(leaf, torch.Tensor):
-                    self.see(leaf)
+        if name == "empty_like" and kwargs.get("device") is not None:
+            self.known([results])
+        for leaf in tree_leaves(results):
+            if isinstance(leaf, torch.Tensor):
+                self.see(leaf)
         return results
 
     def see(self, value: torch.Tensor) -> None:
@@ -66,10 +67,11 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def known(self, values: Any) -> None:
-        """Count these as there before the step: not at all."""
+        """Do not count these: they were there before the step, or are elsewhere."""
         for value in values:
             storage = value.untyped_storage()
-            self.alive[storage._cdata] = weakref.ref(storage)
+            key = storage._cdata
+            self.alive[key] = weakref.ref(storage, lambda reference, key=key: self.alive.pop(key, None))
 
 
 def make_model(layers: int) -> nn.Module:

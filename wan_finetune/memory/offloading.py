@@ -76,8 +76,11 @@ class InputOffload:
         """Where a checkpoint of a block is called: its `hidden_states` is parked, its other inputs stay, as all share
         them."""
 
+        # Autograd keeps the hooks: one that knew the tensor itself would keep it on the device.
+        wanted = storage_of(hidden_states), hidden_states.shape
+
         def pack(value: Tensor) -> Tensor | Parked:
-            if not value.is_set_to(hidden_states):
+            if (storage_of(value), value.shape) != wanted:
                 return value
             parked = Parked(value, self.last and self.last(), self.copies)
             self.last = weakref.ref(parked)
@@ -88,6 +91,11 @@ class InputOffload:
             return kept.take() if isinstance(kept, Parked) else kept
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def storage_of(value: Tensor) -> int:
+    """Which memory a tensor is in, fake ones included."""
+    return value.untyped_storage()._cdata
 
 
 def split(flat: Tensor) -> tuple[Tensor, ...]:
