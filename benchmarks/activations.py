@@ -130,9 +130,9 @@ def traced(way: str, layers: int, shape: tuple[int, int, int]) -> tuple[int, int
 
 def rounding() -> dict[str, float]:
     """Relative error of each kind's packed weights."""
-    from wan_finetune.memory.quantization import set_weight
-
     import bitsandbytes
+
+    from wan_finetune.memory.quantization import set_weight
 
     cpu, found = torch.device("cpu"), {}
     weight = torch.randn(1024, 5120, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -172,7 +172,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     arguments = parser.parse_args()
     figures: dict[str, Any] = {shape: measure(SHAPES[shape]) for shape in arguments.shapes}
-    report("activations", {**figures, "rounding": rounding()}, ("torch", "diffusers", "peft", "torchao", "bitsandbytes"))
+    report(
+        "activations", {**figures, "rounding": rounding()}, ("torch", "diffusers", "peft", "torchao", "bitsandbytes")
+    )
 
 
 if __name__ == "__main__":

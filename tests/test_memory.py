@@ -39,8 +39,8 @@ def test_a_bucket_without_a_policy_of_its_own_has_the_general_one():
 
 def test_every_row_of_the_support_table_runs_or_says_key_reason_and_remedy():
     rows = every_combination()
-    assert len(rows) == len(set(rows)) == 4 * 5 * 3 * 2 * 3 * 3
-    keys = ("train.mixed_precision", "memory.", "PiSSA", "DoRA")
+    assert len(rows) == len(set(rows)) == 4 * 5 * 3 * 2 * 3 * 4
+    keys = ("train.mixed_precision", "memory.", "lora.")
     for row in rows:
         reason = refusal(row)
         if reason is None:
@@ -55,7 +55,9 @@ def test_what_goes_wrong_silently_is_refused_whatever_else_is_chosen():
     for row in every_combination():
         if row.quantization != "none" and row.engine in ("fsdp2", "zero2", "zero3"):
             assert refusal(row)
-        if row.precision == "fp16" or (row.adaptation == "pissa" and (row.quantization != "none" or row.kept)):
+        if row.precision == "fp16" or (
+            row.adaptation in ("pissa", "olora") and (row.quantization != "none" or row.kept)
+        ):
             assert refusal(row)
     plain = [
         Combination(quantization=kind, engine=engine, precision=precision, dtype=dtype)

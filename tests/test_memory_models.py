@@ -5,7 +5,6 @@ import gc
 import json
 import shutil
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -316,9 +315,8 @@ def saved_bytes(model: nn.Module) -> int:
             seen[storage.data_ptr()] = storage.nbytes()
         return value
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        with torch.autocast("cpu", torch.bfloat16):
-            output = model(**inputs(frames=5))[0]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), torch.autocast("cpu", torch.bfloat16):
+        output = model(**inputs(frames=5))[0]
     del output
     return sum(seen.values())
 
@@ -593,9 +591,15 @@ def test_reading_ahead_of_another_expert_ends_when_it_is_not_wanted(base, monkey
 def adaptation(kind: str) -> Callable[[WanTransformer3DModel], None]:
     from peft import LoraConfig
 
+    kinds: dict[str, dict] = {
+        "lora": {},
+        "dora": {"use_dora": True},
+        "pissa": {"init_lora_weights": "pissa_niter_2"},
+        "olora": {"init_lora_weights": "olora"},
+    }
+
     def inject(model: WanTransformer3DModel) -> None:
-        extra = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa_niter_2"}}.get(kind, {})
-        model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["attn1.to_q", "ffn.net.2"], **extra))
+        model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["attn1.to_q", "ffn.net.2"], **kinds[kind]))
 
     return inject
 

@@ -362,7 +362,7 @@ def test_a_signal_leaves_a_checkpoint_and_143(make_config, tmp_path, number):
 
 SIGNAL_PHASES = {
     "while captions and clips are encoded": ("data.filling", "Cache.write"),
-    "while an expert is loaded": ("train.trainer", "load_expert"),
+    "while an expert is loaded": ("wan_finetune.memory.residence", "load_base"),
     "while a preview is sampled": ("train.previews", "make_clips"),
     "while the adapter is verified": ("train.job", "verify_adapter_folder"),
     "while the evaluation compares": ("train.showcase", "compare"),

@@ -23,7 +23,9 @@ from wan_finetune.adapters import inject_lora, lora_b, lora_weights, set_lora_we
 from wan_finetune.addressing import seed_at
 from wan_finetune.encoders import latent_statistics, pad_text
 from wan_finetune.errors import InputError
-from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio, load_expert
+from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio
+from wan_finetune.memory.fitting import Fitting
+from wan_finetune.memory.residence import BaseExperts
 
 from .averaging import averaged_weights, make_average, require_whole_weights
 from .config import Config
@@ -95,6 +97,7 @@ class ExpertTrainer:
         base: Path,
         data: TrainingData,
         accelerator: Accelerator,
+        bases: BaseExperts | None = None,
     ) -> None:
         self.config, self.expert, self.state, self.accelerator = config, expert, state, accelerator
         self.data = data
@@ -108,16 +111,14 @@ class ExpertTrainer:
         interval = EXPERTS[expert].interval(boundary_ratio(base))
         self.levels = noise_levels(self.settings.flow, interval, config.sampling)
         self.latents_mean, self.latents_std = latent_statistics(base)
-        model = load_expert(base, EXPERTS[expert], getattr(torch, config.model.dtype))
-        if config.model.attention != "native":
-            model.set_attention_backend(config.model.attention)
+        self.bases = bases or make_bases(config, base, accelerator.device)
+        model = self.bases.take(expert)
         taken = state.taken if state.weights else None
         state.taken = inject_lora(model, self.settings.lora, expert, config.run.seed, taken)
-        if config.memory.checkpointing == "full":
-            model.enable_gradient_checkpointing()
         if state.weights:
             set_lora_weights(model, state.weights)
-        model.to(accelerator.device).train()
+        self.fitting = Fitting(model, config.memory, accelerator.device, autocast=config.train.mixed_precision != "no")
+        model.train()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         require_whole_weights(self.settings.optimizer, accelerator.distributed_type.value)
@@ -127,7 +128,8 @@ class ExpertTrainer:
             load_optimizer_state(optimizer, state.optimizer)
         decay = self.settings.optimizer.ema_decay
         self.average = make_average(model, self.parameters, decay, state.step, state.average)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        placement = None if self.fitting.moves else [False, True]
+        self.model, self.optimizer = accelerator.prepare(model, optimizer, device_placement=placement)
 
     def take_step(self) -> StepRecord:
         """One optimizer step on the global batch of this step.
@@ -185,6 +187,7 @@ class ExpertTrainer:
     def accumulate_gradient(self, work: StepWork, step: int) -> Tensor:
         """The gradient of the step's mean loss, which is returned; batches are split until they fit into memory."""
         bucket = str(work.places[0].sample.bucket)
+        self.fitting.use(bucket)
         while True:
             try:
                 return self.backward(work, step, self.splits[bucket])
@@ -321,6 +324,8 @@ class ExpertTrainer:
         self.save_state()
         self.model = self.optimizer = self.average = None
         self.parameters = []
+        self.fitting.close()
+        self.bases.release(self.expert)
         self.accelerator.free_memory()
         unmoved = [name for name, value in self.start.items() if torch.equal(value, self.state.weights[name])]
         if self.state.step and unmoved:
@@ -328,6 +333,12 @@ class ExpertTrainer:
                 f"{self.expert} expert: {len(unmoved)} of {len(self.start)} LoRA modules have not moved by "
                 f"step {self.state.step}, {unmoved[0]} the first; no gradient reaches them"
             )
+
+
+def make_bases(config: Config, base: Path, device: torch.device) -> BaseExperts:
+    """The frozen experts of a run, as [model] and [memory] say."""
+    dtype = getattr(torch, config.model.dtype)
+    return BaseExperts(base, config.memory, dtype, device, config.model.attention)
 
 
 def memory_gib(device: torch.device) -> float:

@@ -3,8 +3,8 @@
 It sits at diffusers' seam, `enable_gradient_checkpointing(gradient_checkpointing_func=...)`, so blocks are called as
 diffusers calls them, and is torch's non-reentrant checkpoint in each policy but `none`. Self-attention is the one
 operator that costs more to run again than to keep: 3.5 instead of 4.5 attention forwards a step for 10 KB a token and
-block. Which kernels can be kept that way is said by `ATTENTION_KERNELS`; of one that is not among them, and of attention
-put together from matrix products, nothing would be kept, so `selective` refuses it instead of being `full` in silence.
+block. `ATTENTION_KERNELS` are those whose output can be kept. Of others, and of attention put together from matrix
+products, nothing would be kept, so `selective` refuses them instead of being `full` in silence.
 """
 
 from functools import partial
@@ -29,7 +29,7 @@ ATTENTION_KERNELS = (
     "_flash_attn_forward",
     "_flash_attn_3_forward",
 )
-"""Operators, by name, whose first two arguments are the query and the key. `fwd` of other packages is not guessed at."""
+"""Operators, by name, whose first two arguments are the query and the key."""
 
 
 class Checkpointing:

@@ -43,3 +43,4 @@ class Fitting:
         """End streaming and give its pinned memory back."""
         if self.stream is not None:
             self.stream.close()
+            self.stream = None

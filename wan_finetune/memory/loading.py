@@ -1,8 +1,9 @@
 """A base expert from its files, tensor by tensor, each straight to its dtype, its quantised form and its device.
 
-The official repository is fp32, 57 GB an expert. diffusers' `from_pretrained` casts on the way as well; what it cannot is
-fp8 (cast after all of bf16 is there), quantising for a CPU, a device for each block, and a start from tensors that
-another thread has read. One shard is mapped at a time, so the host never holds the expert twice.
+The official repository is fp32, 57 GB an expert. diffusers 0.42's `from_pretrained` casts on the way as well, and keeps
+every shard mapped meanwhile: its peak is the files plus the target, three times a bf16 target (measured); fp8 is cast
+after all of bf16 is there. Here one shard is mapped at a time, a block may have another home than the rest, and tensors
+that a thread has read before are taken as well.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Checkpointed block inputs in the host's memory: out on a copy stream in the forward pass, back in time in the backward.
+"""Checkpointed block inputs in the host's memory: out in the forward pass, back in time in the backward.
 
 A block's input costs 10.24 KB a token, 12.5 GiB in 40 blocks at 832x480x81. Only inputs are moved, never what attention
-keeps: that would be as much traffic for each block as its computation can hide. On a CPU the same code copies at once;
-no GPU has run it yet.
+keeps: that would be more traffic for each block than its computation can hide. Copies have a stream of their own. On a
+CPU the same code copies at once; no GPU has run it yet.
 """
 
 import weakref

@@ -1,8 +1,8 @@
 """The frozen base in fewer bits: which Linears, and how each kind stores and multiplies them.
 
 Only the Linears of the blocks are quantised: 99 % of the weights. Patch embedding, time and text path, norms,
-modulation and the output projection stay as diffusers loads them, the delicate ones in fp32. A kind is the packages' own:
-fp8 is diffusers' layerwise casting, int8 torchao's weight-only configuration, nf4 bitsandbytes' Linear4bit with double
+modulation and the output projection stay as diffusers loads them, the delicate ones in fp32. Kinds are the packages'
+own: fp8 is diffusers' layerwise casting, int8 torchao's weight-only configuration, nf4 bitsandbytes' Linear4bit with double
 quantisation. PEFT wraps each of them by itself.
 
 No GPU has run this yet: the kernels of the kinds were tried on the CPU.

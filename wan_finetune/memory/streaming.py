@@ -1,14 +1,15 @@
 """Blocks that live in the host's memory and take turns in two places on the device.
 
-A streamed block has its own of two slots, by its turn's parity. When its forward pass begins, in the forward pass or when
-a checkpoint runs it again in the backward pass, the block whose turn is next sets out for the other slot, on a copy
-stream, while this one computes. All frozen weights of a block are one flat piece of pinned memory, so a turn is one copy.
-LoRA weights stay on the device: they are small, and the optimizer writes them.
+A streamed block always comes to the same one of two slots, by its turn's parity. When it is called, in the forward pass
+or when a checkpoint runs it again in the backward pass, the block whose turn is next sets out for the other slot, on a
+copy stream, while this one computes. All frozen weights of a block are one flat piece of pinned memory, so a turn is one
+copy. LoRA weights stay on the device: they are small, and the optimizer writes them.
 
-Why the other slot is free then: whatever used it was given to the device before this block, and the copy waits for that.
-In the backward pass a block is run again only when everything of the blocks behind it has been given out. Without
-checkpointing autograd would keep views of a slot that other weights have since overwritten: settings refuse it, and each
-departure counts as a change in place, so that autograd itself stops.
+Why the other slot is free then: whatever used it was given to the device before this block, and the copy waits for
+that. In the backward pass a block is run again only when everything of the blocks behind it has been given out. Without
+checkpointing autograd would keep views of a slot that other weights have since overwritten: settings refuse it, and
+each departure counts as a change in place, so that autograd itself stops. bitsandbytes keeps such a view in any case,
+out of autograd's sight; as a block's slot never changes, it shows the right weights when they are needed.
 
 diffusers' group offloading does not serve: it moves every parameter of a block, LoRA included, back to copies in the
 host's memory that were made at the start, under gradients that are on the device.

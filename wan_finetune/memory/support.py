@@ -13,10 +13,11 @@ from .settings import Quantization
 Engine = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 Precision = Literal["no", "bf16", "fp16"]
 BaseDtype = Literal["bfloat16", "float32"]
-Adaptation = Literal["lora", "dora", "pissa"]
-"""Plain LoRA, DoRA, or LoRA that starts from the base's own singular vectors and takes them out of it."""
+Adaptation = Literal["lora", "dora", "pissa", "olora"]
+"""Plain LoRA; DoRA; or LoRA that starts from directions of the base and takes them out of it."""
 
 SHARDED: tuple[Engine, ...] = ("fsdp2", "zero3")
+FROM_BASE: tuple[Adaptation, ...] = ("pissa", "olora")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +55,8 @@ def refusal(wanted: Combination) -> str | None:
         )
     if kind != "none" and engine == "zero2":
         return (
-            f'memory.quantization = "{kind}" under zero2: DeepSpeed casts the whole module to its own precision, '
-            "packed weights or not; use DDP, which needs 1 to 2 GiB more for optimizer states"
+            f'memory.quantization = "{kind}" under zero2: DeepSpeed sends every parameter to all processes, and packed '
+            "ones have not been shown to arrive whole; use DDP, which needs 1 to 2 GiB more for the optimizer"
         )
     if wanted.streaming and engine not in ("single", "ddp"):
         return (
@@ -73,27 +74,28 @@ def refusal(wanted: Combination) -> str | None:
 def refused_adaptation(wanted: Combination) -> str | None:
     """The part of `refusal` that is about kinds of adapters."""
     kind, engine = wanted.quantization, wanted.engine
-    if wanted.adaptation == "pissa":
+    if wanted.adaptation in FROM_BASE:
+        name = f'lora.initialisation = "{wanted.adaptation}"'
         if kind != "none":
             return (
-                f'PiSSA with memory.quantization = "{kind}": it takes singular vectors out of the base, and packed '
-                'weights have no room for what is left; use memory.quantization = "none", or plain LoRA'
+                f'{name} with memory.quantization = "{kind}": it takes directions out of the base, and packed weights '
+                'have no room for what is left; use memory.quantization = "none", or another initialisation'
             )
         if engine in SHARDED:
-            return f"PiSSA under {engine}: it changes the base before it is cut into shards; use one process or DDP"
+            return f"{name} under {engine}: it changes the base before that is cut into shards; use one process or DDP"
         if wanted.kept:
             return (
-                'PiSSA with memory.resident = "both": it changes the base, and the second stretch would start from the '
-                'changed one; use resident = "one"'
+                f'{name} with memory.resident = "both": it changes the base, and the second stretch would start from '
+                'the changed one; use resident = "one"'
             )
     if wanted.adaptation == "dora":
         if kind in ("fp8", "int8"):
             return (
-                f'DoRA with memory.quantization = "{kind}": it needs the norm of each weight in every step, and PEFT '
+                f'lora.dora with memory.quantization = "{kind}": it needs each weight\'s norm in every step, and PEFT '
                 'unpacks those of nf4 alone; use "nf4" or "none", or plain LoRA'
             )
         if engine in SHARDED:
-            return f"DoRA under {engine}: it reads whole weights, and finds a shard; use one process or DDP"
+            return f"lora.dora under {engine}: it reads whole weights, and finds a shard; use one process or DDP"
     return None
 
 
