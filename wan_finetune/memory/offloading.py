@@ -55,7 +55,7 @@ class Parked:
     def take(self) -> Tensor:
         """The input on its device; the one before it, which comes next, sets out."""
         self.start_back()
-        if before := self.before and self.before():
+        if self.before is not None and (before := self.before()) is not None:
             before.start_back()
         if self.arrived is not None:
             torch.cuda.current_stream().wait_event(self.arrived)
@@ -82,7 +82,7 @@ class InputOffload:
         def pack(value: Tensor) -> Tensor | Parked:
             if (storage_of(value), value.shape) != wanted:
                 return value
-            parked = Parked(value, self.last and self.last(), self.copies)
+            parked = Parked(value, None if self.last is None else self.last(), self.copies)
             self.last = weakref.ref(parked)
             self.parked_bytes += value.nbytes
             return parked

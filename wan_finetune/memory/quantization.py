@@ -1,15 +1,15 @@
 """The frozen base in fewer bits: which Linears, and how each kind stores and multiplies them.
 
 Only the Linears of the blocks are quantised: 99 % of the weights. Patch embedding, time and text path, norms,
-modulation and the output projection stay as diffusers loads them, the delicate ones in fp32. Kinds are the packages'
-own: fp8 is diffusers' layerwise casting, int8 torchao's weight-only configuration, nf4 bitsandbytes' Linear4bit with double
-quantisation. PEFT wraps each of them by itself.
+modulation and the output projection stay as diffusers loads them, the delicate ones in fp32. fp8 is diffusers'
+layerwise casting, int8 torchao's weight-only configuration, nf4 bitsandbytes' Linear4bit with double quantisation. PEFT
+wraps each of them by itself.
 
 No GPU has run this yet: the kernels of the kinds were tried on the CPU.
 """
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,8 @@ def prepare(model: "WanTransformer3DModel", quantization: Quantization, dtype: t
             quant_type="nf4",
             device="meta",
         )
+        # On some CPUs an evaluation would pack the weights another way, for good, and not every shape can be packed so.
+        packed.support_avx512bf16_for_cpu = False
         model.set_submodule(name, packed)
     # PEFT picks its Linear4bit wrapper by this mark, which diffusers' own quantizer sets as well.
     model.is_loaded_in_4bit = True
@@ -81,7 +83,7 @@ def set_weight(
     if quantization == "nf4":
         from bitsandbytes.nn import Params4bit
 
-        packed = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=linear)
+        packed: Any = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4")
         linear.weight = packed.to(device).to(home)
         return
     linear.weight = nn.Parameter(weight.to(home), requires_grad=False)
@@ -106,5 +108,5 @@ def finish(model: "WanTransformer3DModel", quantization: Quantization, dtype: to
     for linear in block_linears(model).values():
         # PEFT makes LoRA weights in the base's dtype unless it names another to compute in: their start would be
         # rounded to fp8, seven values in all.
-        linear.compute_dtype = dtype
+        setattr(linear, "compute_dtype", dtype)  # noqa: B010 - torch types attributes of modules as tensors
     model.enable_layerwise_casting(storage_dtype=STORAGE_FP8, compute_dtype=dtype)

@@ -58,9 +58,11 @@ class BaseExperts:
         self.kept: dict[ExpertName, WanTransformer3DModel] = {}
         self.reading: tuple[ExpertName, Reading] | None = None
         self.rate = UNKNOWN_BYTES_A_SECOND
+        self.in_use: ExpertName | None = None
 
     def take(self, expert: ExpertName) -> "WanTransformer3DModel":
         """The expert: frozen, without an adapter, on the device but for blocks that are to be streamed."""
+        self.in_use = expert
         if expert in self.kept:
             return self.kept[expert]
         tensors = None
@@ -90,6 +92,7 @@ class BaseExperts:
     def release(self, expert: ExpertName) -> None:
         """A stretch of this expert is over. A kept one loses its adapter and goes on living; another one's last
         reference must be dropped by the caller as well."""
+        self.in_use = None
         if expert in self.kept:
             strip(self.kept[expert])
 
@@ -102,7 +105,9 @@ class BaseExperts:
 
     def is_time_for(self, expert: ExpertName, seconds_left: float) -> bool:
         """Whether reading should begin, so that it ends with the current stretch, which has so long to go."""
-        return expert not in self.kept and seconds_left <= 1.25 * self.bytes_of(expert) / self.rate
+        if expert in self.kept or expert == self.in_use:
+            return False
+        return seconds_left <= 1.25 * self.bytes_of(expert) / self.rate
 
     def close(self) -> None:
         """Give all memory back."""

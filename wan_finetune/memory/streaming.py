@@ -2,8 +2,8 @@
 
 A streamed block always comes to the same one of two slots, by its turn's parity. When it is called, in the forward pass
 or when a checkpoint runs it again in the backward pass, the block whose turn is next sets out for the other slot, on a
-copy stream, while this one computes. All frozen weights of a block are one flat piece of pinned memory, so a turn is one
-copy. LoRA weights stay on the device: they are small, and the optimizer writes them.
+copy stream, while this one computes. All frozen weights of a block are one flat piece of pinned memory, so that a turn
+is one copy. LoRA weights stay on the device: they are small, and the optimizer writes them.
 
 Why the other slot is free then: whatever used it was given to the device before this block, and the copy waits for
 that. In the backward pass a block is run again only when everything of the blocks behind it has been given out. Without
@@ -182,7 +182,8 @@ def bind(
 ) -> StreamedBlock:
     """Move a block's frozen weights into one flat piece of the host's memory."""
     host = torch.empty(offsets[-1], dtype=torch.uint8)
-    at_home, on_device = [], []
+    at_home: list[Tensor] = []
+    on_device: list[Tensor] = []
     for parameter, offset in zip(parameters, offsets, strict=False):
         for memory, views in ((host, at_home), (slot, on_device)):
             flat = memory[offset : offset + parameter.nbytes].view(parameter.dtype)
