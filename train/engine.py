@@ -4,6 +4,7 @@ import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
 
@@ -154,3 +155,9 @@ def deepspeed_fault(settings: dict) -> str | None:
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         return "zero_optimization.offload_optimizer must be left out: DeepSpeed would change the optimizer for its own"
     return None
+
+
+def home_device(accelerator: Accelerator) -> torch.device:
+    """Where an expert is loaded to; engines that shard take it from host memory piece by piece."""
+    sharded = engine_name(accelerator) in ("fsdp2", "zero3")
+    return torch.device("cpu") if sharded else accelerator.device

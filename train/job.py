@@ -22,7 +22,7 @@ from . import showcase
 from .best import keep_best, load_best
 from .checkpoint import resume, save_checkpoint, sole_writer
 from .config import Config
-from .engine import engine_name, make_accelerator
+from .engine import engine_name, home_device, make_accelerator
 from .identity import identity_of
 from .panel import Figures
 from .precompute import prepare_data
@@ -32,7 +32,7 @@ from .rounds import Stretch, stretches
 from .signals import Stopped, StopRequest
 from .terminal import progress_bar, say
 from .tracking import Metrics
-from .trainer import ExpertState, ExpertTrainer
+from .trainer import ExpertState, ExpertTrainer, make_bases
 from .validation import Validation
 
 States = dict[ExpertName, ExpertState]
@@ -94,15 +94,20 @@ def train_experts(
             save_checkpoint(folder, states, identity, config.train.keep_checkpoints)
         accelerator.wait_for_everyone()
 
-    for stretch in stretches(config.steps(), config.train.order, config.train.round_steps):
+    bases = make_bases(config, base, home_device(accelerator))
+    plan = list(stretches(config.steps(), config.train.order, config.train.round_steps))
+    for number, stretch in enumerate(plan):
         state = states[stretch.expert]
         if state.step >= stretch.stop or validation.has_stopped(stretch.expert):
             continue
-        trainer = ExpertTrainer(config, stretch.expert, state, base, data, accelerator)
+        trainer = ExpertTrainer(config, stretch.expert, state, base, data, accelerator, bases)
         if accelerator.device.type == "cuda" and state.step == 0 and engine_name(accelerator) in ("single", "ddp"):
             trainer.rehearse()
         with stop.deferred():
-            stopped = run_stretch(trainer, stretch, metrics, figures, validation, stop, save)
+            following = next(
+                (later.expert for later in plan[number + 1 :] if states[later.expert].step < later.stop), None
+            )
+            stopped = run_stretch(trainer, stretch, following, metrics, figures, validation, stop, save)
             trainer.close()
             save()
             if stopped:
@@ -111,12 +116,14 @@ def train_experts(
         if accelerator.is_main_process and (target := previews.folder(stretch, states)):
             previews.make(target, [make_adapter(config, name, s) for name, s in states.items() if s.weights])
         accelerator.wait_for_everyone()
+    bases.close()
     return states
 
 
 def run_stretch(
     trainer: ExpertTrainer,
     stretch: Stretch,
+    following: ExpertName | None,
     metrics: Metrics,
     figures: Figures,
     validation: Validation,
@@ -138,7 +145,9 @@ def run_stretch(
             )
             if stopped := stop.check(trainer.accelerator):
                 return stopped
-            # Once in a while: the held-out loss, and a checkpoint.
+            # Once in a while: reading the next expert ahead, the held-out loss, and a checkpoint.
+            if following and trainer.bases.is_time_for(following, record.seconds * (stretch.stop - state.step)):
+                trainer.bases.prepare_next(following)
             validate(trainer, metrics, validation)
             if state.step % config.train.checkpoint_every_steps == 0 and state.step < stretch.stop:
                 trainer.save_state()

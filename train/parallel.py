@@ -35,7 +35,7 @@ def parallelize(
     An accelerator holds one model at a time: the one before must be closed.
 
     Args:
-        model: on the CPU. Engines that shard take it from there piece by piece; a card may not hold all of it.
+        model: at its `home_device`, but for blocks that are streamed.
         state: the optimizer's whole `state_dict`, on the CPU; empty at the beginning.
         gradient_clip: the largest norm of a gradient.
 
@@ -69,11 +69,11 @@ class Parallel:
         self.prepare(model, optimizer, state)
 
     def prepare(self, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-        model.to(self.accelerator.device)
         if state:
             with configuration_stays(optimizer):
                 load_optimizer_state(optimizer, state)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # The model is where it belongs; blocks that are streamed must stay in host memory.
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer, device_placement=[False, True])
 
     @property
     def module(self) -> nn.Module:

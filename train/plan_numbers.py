@@ -6,7 +6,7 @@ from dataclasses import replace
 from data.buckets import Bucket
 from data.config import SourceConfig
 from wan_finetune.activations import Precision
-from wan_finetune.costs import FP32_BYTES, Checkpointing, LoraShape, MicroBatch, block_linears
+from wan_finetune.costs import FP32_BYTES, LoraShape, MicroBatch, block_linears
 from wan_finetune.errors import InputError
 from wan_finetune.experts import EXPERTS, ExpertName
 from wan_finetune.lora import LoraSettings, layout, targeted
@@ -64,7 +64,7 @@ def precision_of(config: Config) -> Precision:
     return Precision(
         base_bytes={"bfloat16": 2, "float32": 4}[config.model.dtype],
         autocast=config.train.mixed_precision == "bf16",
-        casts_lora_input=True,
+        casts_lora_input=False,
     )
 
 
@@ -75,12 +75,10 @@ def memory_policy(config: Config, name: ExpertName) -> MemoryPolicy:
     return MemoryPolicy(
         optimizer_bytes=states + (FP32_BYTES if optimizer.ema_decay else 0),
         accumulates=config.train.gradient_accumulation > 1,
+        quantization=config.memory.quantization,
+        stream_blocks=config.memory.stream_blocks,
+        resident_denoisers=len(config.train.experts) if config.memory.resident == "both" else 1,
     )
-
-
-def checkpointing_of(config: Config, bucket: Bucket) -> Checkpointing:
-    """What is kept of this bucket's activations."""
-    return config.memory.checkpointing
 
 
 def expert_numbers(config: Config, name: ExpertName, dims: TransformerDims) -> ExpertNumbers:
@@ -99,7 +97,7 @@ def expert_numbers(config: Config, name: ExpertName, dims: TransformerDims) -> E
         policy=memory_policy(config, name),
         buckets=tuple(
             BucketNumbers(
-                name=str(bucket), batch=micro_batch(config, bucket), checkpointing=checkpointing_of(config, bucket)
+                name=str(bucket), batch=micro_batch(config, bucket), checkpointing=config.memory.policy(str(bucket))
             )
             for bucket in buckets
         ),

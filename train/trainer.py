@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import release_memory
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from data.batches import Batch, Chosen, ExpertBatches, TrainingData
@@ -23,11 +22,14 @@ from wan_finetune.adapters import inject_lora, lora_b, lora_weights, set_lora_we
 from wan_finetune.addressing import seed_at
 from wan_finetune.encoders import latent_statistics, pad_text
 from wan_finetune.errors import InputError
-from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio, load_expert
+from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio
+from wan_finetune.memory.fitting import Fitting
+from wan_finetune.memory.levers import is_out_of_memory, next_lever
+from wan_finetune.memory.residence import BaseExperts
 
 from .averaging import averaged_weights, make_average, require_whole_weights
 from .config import Config
-from .engine import engine_name
+from .engine import engine_name, home_device
 from .identity import global_batch_size
 from .objective import draw, flow_matching_error, level_weights, noise_levels, weighted_loss
 from .optim import learning_rate, make_optimizer, set_rate
@@ -98,6 +100,7 @@ class ExpertTrainer:
         base: Path,
         data: TrainingData,
         accelerator: Accelerator,
+        bases: BaseExperts | None = None,
     ) -> None:
         self.config, self.expert, self.state, self.accelerator = config, expert, state, accelerator
         self.data = data
@@ -111,15 +114,20 @@ class ExpertTrainer:
         interval = EXPERTS[expert].interval(boundary_ratio(base))
         self.levels = noise_levels(self.settings.flow, interval, config.sampling)
         self.latents_mean, self.latents_std = latent_statistics(base)
-        model = load_expert(base, EXPERTS[expert], getattr(torch, config.model.dtype))
-        if config.model.attention != "native":
-            model.set_attention_backend(config.model.attention)
+        self.bases = bases or make_bases(config, base, home_device(accelerator))
+        model = self.bases.take(expert)
         taken = state.taken if state.weights else None
         state.taken = inject_lora(model, self.settings.lora, expert, config.run.seed, taken)
-        if config.memory.checkpointing == "full":
-            model.enable_gradient_checkpointing()
         if state.weights:
             set_lora_weights(model, state.weights)
+        self.num_blocks = model.config.num_layers
+        self.fitting = Fitting(
+            model,
+            config.memory,
+            accelerator.device,
+            home=home_device(accelerator),
+            autocast=config.train.mixed_precision != "no",
+        )
         model.train()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         require_whole_weights(self.settings.optimizer, accelerator.distributed_type.value)
@@ -184,11 +192,12 @@ class ExpertTrainer:
     def accumulate_gradient(self, work: StepWork, step: int) -> Tensor:
         """The gradient of the step's mean loss, which is returned; batches are split until they fit into memory."""
         bucket = str(work.places[0].sample.bucket)
+        self.fitting.use(bucket)
         while True:
             try:
                 return self.backward(work, step, self.splits[bucket])
             except RuntimeError as error:
-                if not should_reduce_batch_size(error):
+                if not is_out_of_memory(error):
                     raise
                 self.require_room(len(work.micro_batches[0].names), bucket, error)
             # Outside of the except clause, whose traceback holds the tensors of the attempt.
@@ -233,7 +242,7 @@ class ExpertTrainer:
         why = "one clip at a time is still too much" if alone else "the processes would have to agree on it"
         raise InputError(
             f"out of memory in {bucket}, {self.expert} expert; splitting the batch is no way out: {why}. "
-            'Smaller buckets (data.buckets) or memory.checkpointing = "full" need less'
+            f"Next: {next_lever(self.config.memory, bucket, self.num_blocks)}"
         ) from error
 
     def load_step(self, step: int) -> StepWork:
@@ -316,12 +325,20 @@ class ExpertTrainer:
         self.model = self.optimizer = self.average = None
         self.parameters = []
         self.parallel.close()
+        self.fitting.close()
+        self.bases.release(self.expert)
         unmoved = [name for name, value in self.start.items() if torch.equal(value, self.state.weights[name])]
         if self.state.step and unmoved:
             raise RuntimeError(
                 f"{self.expert} expert: {len(unmoved)} of {len(self.start)} LoRA modules have not moved by "
                 f"step {self.state.step}, {unmoved[0]} the first; no gradient reaches them"
             )
+
+
+def make_bases(config: Config, base: Path, device: torch.device) -> BaseExperts:
+    """The frozen experts of a run, as [model] and [memory] say."""
+    dtype = getattr(torch, config.model.dtype)
+    return BaseExperts(base, config.memory, dtype, device, config.model.attention)
 
 
 def memory_gib(device: torch.device) -> float:

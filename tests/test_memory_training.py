@@ -1,0 +1,45 @@
+"""Whole runs with memory levers: rounds, checkpoints and both experts, and not a byte of the adapters changes."""
+
+import pytest
+import torch
+
+from tests.tiny_runs import same, train
+from wan_finetune.memory.residence import BaseExperts
+
+
+def test_levers_that_move_memory_change_no_byte_of_a_run(make_config, monkeypatch):
+    prepared: list[str] = []
+    loads: list[str] = []
+    prepare, take = BaseExperts.prepare_next, BaseExperts.take
+
+    def noted_prepare(self, expert):
+        prepared.append(expert)
+        prepare(self, expert)
+
+    def noted_take(self, expert):
+        if expert not in self.kept:
+            loads.append(expert)
+        return take(self, expert)
+
+    monkeypatch.setattr(BaseExperts, "prepare_next", noted_prepare)
+    monkeypatch.setattr(BaseExperts, "take", noted_take)
+    plain = train(make_config("run.name='plain'", "memory.checkpointing='none'"))
+    assert loads == ["high", "low", "high", "low"] and dict.fromkeys(prepared) == {"low": None, "high": None}
+    loads.clear(), prepared.clear()
+    streamed = train(make_config("run.name='streamed'", "memory.stream_blocks=2", "memory.checkpointing='offloaded'"))
+    assert loads == ["high", "low", "high", "low"]
+    loads.clear(), prepared.clear()
+    kept = train(make_config("run.name='kept'", "memory.resident='both'", "memory.checkpointing='full'"))
+    assert loads == ["high", "low"] and set(prepared) <= {"low"}
+    for expert in ("high", "low"):
+        assert same(plain[expert], streamed[expert]) and same(plain[expert], kept[expert])
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
+def test_a_packed_base_trains_in_rounds_and_says_another_thing_than_the_plain_one(make_config, kind):
+    overrides = ["train.experts=['low']", "low.steps=2", f"memory.quantization='{kind}'", "memory.checkpointing='full'"]
+    once = train(make_config("run.name='once'", *overrides))
+    again = train(make_config("run.name='again'", "train.round_steps=1", *overrides))
+    plain = train(make_config("run.name='plain'", *overrides[:2]))
+    assert same(once["low"], again["low"]) and not same(once["low"], plain["low"])
+    assert all(torch.isfinite(value).all() for value in once["low"].weights.values())
