@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from torch.distributed.tensor import DTensor
 
 from data.prefetching import Prefetcher
 from train.checkpoint import load_state, save_checkpoint
@@ -73,6 +74,22 @@ def spoil(trainer: ExpertTrainer, what: str) -> None:
         trained[0].register_hook(lambda gradient: gradient * float("inf") if trainer.state.step == 1 else gradient)
 
 
+def held_share(model: torch.nn.Module) -> float:
+    """How much of all weights this process holds."""
+    held = total = 0
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            held += parameter.to_local().numel()
+            total += parameter.numel()
+        elif hasattr(parameter, "ds_tensor"):
+            held += parameter.ds_tensor.numel()
+            total += parameter.ds_numel
+        else:
+            held += parameter.numel()
+            total += parameter.numel()
+    return held / total
+
+
 def train_expert(
     config: Config, expert: str, start: Path | None, steps: int, result: Path, spoiled: str = "", of_rank: int = 0
 ) -> dict:
@@ -91,6 +108,7 @@ def train_expert(
     except FloatingPointError as error:
         stopped = str(error)
     dtypes = {name: str(parameter.dtype) for name, parameter in trainer.parallel.module.named_parameters()}
+    share = held_share(trainer.parallel.module)
     model = weakref.ref(trainer.parallel.module)
     trainer.close()
     if accelerator.is_main_process:
@@ -104,6 +122,7 @@ def train_expert(
         "rates": [record["learning_rate"] for record in records],
         "stopped": stopped,
         "dtypes": dtypes,
+        "share": round(share, 1),
         "freed": model() is None or not any(p.numel() + p.ds_tensor.numel() for p in model().parameters()),
     }
 

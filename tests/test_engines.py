@@ -213,6 +213,7 @@ def test_two_processes_under_any_engine_train_what_one_does(pair, make_config, r
     if engine in EXACT:
         assert same(trained.state, reference.state)
     assert largest_difference(trained.state, reference.state) < 1e-5
+    assert trained.outcome["share"] == (0.5 if engine in ("fsdp2", "zero3") else 1)
     assert trained.outcome["freed"]
     # What was trained is whole: every module, and diffusers loads it.
     assert not dead_modules(trained.state.weights)

@@ -154,6 +154,8 @@ class ZeroParallel(Parallel):
 
             # Cut up here, weight by weight: DeepSpeed would first put the whole expert on every card.
             deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=torch.float32)
+            for buffer in model.buffers():  # which stay behind then
+                buffer.data = buffer.data.to(self.accelerator.device)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         if state:
             self.load_optimizer_state(state)
@@ -207,8 +209,11 @@ class ZeroParallel(Parallel):
         zero = self.optimizer.optimizer
         flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for flat in flats:
+            # torch keeps a fused optimizer's count of steps beside the weights, another's on the CPU.
+            steps_at = flat.device if zero.optimizer.defaults.get("fused") else torch.device("cpu")
             zero.optimizer.state[flat] = {
-                key: torch.zeros_like(flat) if value.ndim else value.clone() for key, value in state["state"][0].items()
+                key: torch.zeros_like(flat) if value.ndim else value.to(steps_at, copy=True)
+                for key, value in state["state"][0].items()
             }
         if self.stage == 2:
             for parameters, flat in zip(zero.bit16_groups, flats, strict=True):
@@ -234,7 +239,8 @@ class ZeroParallel(Parallel):
         # DeepSpeed's partitioned weights outlive their engine, by its hooks and by a list of the whole process: what
         # they hold on the card is let go by hand.
         for parameter in parameters:
-            parameter.data = parameter.ds_tensor.data = torch.empty(0, dtype=parameter.dtype)
+            nothing = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            parameter.data = parameter.ds_tensor.data = nothing
         if parameters:
             from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
