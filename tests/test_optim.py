@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,12 +17,16 @@ from torch import nn
 
 from train.averaging import averaged_weights, make_average, require_whole_weights
 from train.checkpoint import flatten_optimizer, unflatten_optimizer
+from train.config import Config
 from train.expert_settings import OPTIMIZERS, ExpertSettings, OptimizerSettings
 from train.optim import CLASSES, learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from wan_finetune.adapters import inject_lora, lora_weights, set_lora_weights
 from wan_finetune.errors import InputError
 from wan_finetune.experts import HIGH, load_expert
 from wan_finetune.lora import LoraSettings
+from wan_finetune.settings import load_settings
+
+ROOT = Path(__file__).parent.parent
 
 IN, RANK, OUT, STEPS = 1024, 8, 640, 8
 """Weights of more than 4096 numbers: smaller ones bitsandbytes keeps in 32 bits."""
@@ -224,6 +229,23 @@ def test_a_rate_of_one_is_for_optimizers_that_find_their_own():
         ExpertSettings(
             steps=1, learning_rate=0.1, optimizer=OptimizerSettings(name="muon"), lora=LoraSettings(dora=True)
         )
+
+
+def test_tables_in_tables_survive_being_written_down_and_one_expert_may_have_others(tmp_path):
+    changes = [
+        "lora.rank_pattern={'ffn.net.2'=2, 're:blocks\\.0\\..*to_q'=3}",
+        "lora.start_from='runs/earlier'",
+        "high.lora.rank_pattern={'ffn.net.2'=5}",
+        "optimizer.name='torch.optim:RAdam'",
+        "optimizer.arguments={decoupled_weight_decay=true, betas=[0.5, 0.9]}",
+        "low.optimizer.arguments={}",
+    ]
+    config = load_settings(Config, ROOT / "configs" / "pocket.toml", changes)
+    assert config.expert("high").lora.rank_pattern == {"ffn.net.2": 5}
+    assert config.expert("low").lora.rank_pattern == {"ffn.net.2": 2, r"re:blocks\.0\..*to_q": 3}
+    assert config.expert("low").optimizer.arguments == {} != config.expert("high").optimizer.arguments
+    (tmp_path / "c.toml").write_text(tomli_w.dumps(config.resolved()))
+    assert load_settings(Config, tmp_path / "c.toml", []) == config
 
 
 SCHEDULES = ["constant", "linear", "cosine", "cosine_restarts", "polynomial"]
