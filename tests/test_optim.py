@@ -366,10 +366,19 @@ def test_schedule_free_weights_are_exported_averaged_and_left_as_they_were(exper
     )
 
 
-@pytest.mark.parametrize("settings", [{"ema_decay": 0.9}, {"name": "schedulefree"}])
-def test_averages_are_refused_where_no_process_has_whole_weights(settings):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": OptimizerSettings(ema_decay=0.9)},
+        {"optimizer": OptimizerSettings(name="schedulefree")},
+        {"lora": LoraSettings(initialisation="olora")},
+    ],
+    ids=["average", "schedulefree", "olora"],
+)
+def test_what_needs_whole_weights_is_refused_where_no_process_has_them(settings):
+    common = {"steps": 1, "learning_rate": 1e-3}
     for engine in ("FSDP", "DEEPSPEED"):
         with pytest.raises(InputError, match=f"needs whole weights in each process: train with DDP, not {engine}"):
-            require_whole_weights(OptimizerSettings(**settings), engine)
-    require_whole_weights(OptimizerSettings(**settings), "MULTI_GPU")
-    require_whole_weights(OptimizerSettings(), "FSDP")
+            require_whole_weights(ExpertSettings(**common, **settings), engine)
+    require_whole_weights(ExpertSettings(**common, **settings), "MULTI_GPU")
+    require_whole_weights(ExpertSettings(**common), "FSDP")

@@ -25,7 +25,7 @@ from wan_finetune.encoders import latent_statistics, pad_text
 from wan_finetune.errors import InputError
 from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio, load_expert
 
-from .averaging import averaged_weights, make_average, require_whole_weights
+from .averaging import averaged_weights, make_average, other_weights, require_whole_weights
 from .config import Config
 from .objective import draw, flow_matching_error, level_weights, noise_levels, weighted_loss
 from .optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
@@ -120,7 +120,7 @@ class ExpertTrainer:
         model.to(accelerator.device).train()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
-        require_whole_weights(self.settings.optimizer, accelerator.distributed_type.value)
+        require_whole_weights(self.settings, accelerator.distributed_type.value)
         self.start = {} if state.weights else lora_b(lora_weights(model))
         optimizer = make_optimizer(named, self.settings.optimizer, self.settings.learning_rate)
         if state.optimizer:
@@ -270,20 +270,18 @@ class ExpertTrainer:
         """The weights that the adapter would have now: averaged ones where there are such."""
         model = self.accelerator.unwrap_model(self.model)
         averaged = averaged_weights(model, self.parameters, self.optimizer, self.average)
-        if not averaged:
+        with other_weights(model, averaged) if averaged else nullcontext():
             yield
-            return
-        weights = lora_weights(model)
-        set_lora_weights(model, averaged)
-        try:
-            yield
-        finally:
-            set_lora_weights(model, weights)
 
     @contextmanager
     def lora_off(self) -> Iterator[None]:
         """The base alone."""
         model = self.accelerator.unwrap_model(self.model)
+        if self.state.taken:
+            # What was taken out of the base makes it whole again.
+            with other_weights(model, self.state.taken):
+                yield
+            return
         model.disable_lora()
         try:
             yield
