@@ -184,6 +184,7 @@ def test_lora_plus_multiplies_the_rate_of_lora_b_alone():
         ({"name": "muon", "betas": (0.9, 0.9)}, "optimizer.betas: muon takes no such argument; it takes .*momentum"),
         ({"name": "adamw", "arguments": {"momentun": 1}}, "optimizer.momentun: adamw takes no such argument"),
         ({"name": "adamw", "arguments": {"amsgrad": True, "betas": [2, 2]}}, "adamw refuses them: Invalid beta"),
+        ({"name": "adamw", "arguments": {"lr": 1}}, "lr is not set here; the rate is each expert's learning_rate"),
         ({"name": "torch.optim:AdamZ"}, "cannot be had: there is no AdamZ in torch.optim"),
         ({"name": "no_such_package:Lion"}, "cannot be had: there is no Lion in no_such_package"),
     ],

@@ -10,11 +10,12 @@ import torch
 from tests.tiny_runs import same, train
 from train.effect import effect_size
 from train.engine import make_accelerator
-from train.job import make_adapter
+from train.job import make_adapter, run
 from train.precompute import prepare_data
-from train.signals import Stopped
+from train.signals import Stopped, StopRequest
 from train.trainer import ExpertState, ExpertTrainer
 from wan_finetune.adapters import lora_weights, update_norms
+from wan_finetune.errors import InputError
 from wan_finetune.experts import LOW, base_folder, load_expert
 from wan_finetune.export import probe_output, verify_adapter_folder, write_adapter_folder
 
@@ -90,6 +91,20 @@ def test_without_its_lora_an_expert_is_the_base_though_a_start_was_taken_out(mak
     norms = update_norms(adapter)
     wanted = fmean(norms[name] / float(base.get_submodule(name).weight.norm()) for name in norms)
     assert effect_size(model, trainer.state.taken) == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lora.start_from='absent'", "lora.start_from: absent: no such adapter file or folder"),
+        ("optimizer.name='torch.optim:AdamZ'", "there is no AdamZ in torch.optim"),
+    ],
+)
+def test_what_cannot_begin_is_told_before_anything_is_prepared(make_config, change, message):
+    config = make_config(*ONE, change)
+    with pytest.raises(InputError, match=message):
+        run(config, StopRequest())
+    assert not config.run_folder.exists()
 
 
 def test_a_lora_that_no_gradient_reaches_stops_the_run(make_config, monkeypatch):
