@@ -17,8 +17,10 @@ has changed. An interrupted installation is repaired by the next run.
 CONFIG is looked up from where you are; relative paths in section.key=value start at this folder. Quote a value that
 holds spaces or brackets: ./launch.sh configs/pocket.toml "data.sources=[{path='my clips'}]"
 
-Training uses every visible NVIDIA GPU (CUDA_VISIBLE_DEVICES chooses), or the CPU where there is none. For FSDP,
-DeepSpeed or several machines, use accelerate's own command after a first run here:
+Training uses every visible NVIDIA GPU (CUDA_VISIBLE_DEVICES chooses), or the CPU where there is none. For FSDP2 or
+DeepSpeed on this machine's GPUs name one of accelerate's configurations:
+  ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml ./launch.sh CONFIG [section.key=value ...]
+For several machines use accelerate's own command, after a first run here; docs/engines.md says more:
   .venv/bin/accelerate launch --config_file configs/accelerate/X.yaml -m train --config CONFIG [section.key=value ...]
 
 SIGINT (Ctrl-C), SIGTERM and SIGUSR1 stop a training at the next step, with a checkpoint, and exit 143; the same
@@ -218,25 +220,46 @@ pass_on() { # SIGNAL
     fi
 }
 
-train_in_processes() { # COUNT TRAINER-ARGUMENTS...
+train_in_processes() { # COUNT TRAINER-ARGUMENTS...; ACCELERATE_CONFIG may name a file
     # Here accelerate runs torchrun's agent in its own process. The agent passes signals on to every rank and waits, but
     # takes SIGUSR1 only when told to, kills after 30 s, which can be within one step of a large model, and then ends
-    # with 1 whatever the ranks returned. So bash stays, passes one signal on, and gives the ranks' own status for it.
+    # with 1 whatever the ranks returned. So bash stays, passes one signal on, and gives the ranks' own status: they
+    # write it, one after the other, into a file.
     local count=$1 status=0
+    # All that a default_config.yaml of the user could decide is said here; port 0 is any free one.
+    local -a engine=(--multi_gpu --gpu_ids all --main_process_port 0 --mixed_precision no --dynamo_backend no)
+    if [[ -n ${ACCELERATE_CONFIG-} ]]; then engine=(--config_file "$ACCELERATE_CONFIG"); fi
     shift
+    export WAN_FINETUNE_STATUSES=$PWD/.venv/statuses-$$
+    rm -f "$WAN_FINETUNE_STATUSES"
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=600
     on_signals pass_on
-    # All that a default_config.yaml of the user could decide is said here; port 0 is any free one. The script is given
-    # to Python by name: its first line holds the folder in which .venv was made.
-    .venv/bin/python -c "$own_group" .venv/bin/python .venv/bin/accelerate launch --multi_gpu --num_processes "$count" \
-        --num_machines 1 --gpu_ids all --main_process_port 0 --mixed_precision no --dynamo_backend no \
-        -m train "$@" </dev/null &
+    # The script is given to Python by name: its first line holds the folder in which .venv was made.
+    .venv/bin/python -c "$own_group" .venv/bin/python .venv/bin/accelerate launch "${engine[@]}" \
+        --num_processes "$count" --num_machines 1 -m train "$@" </dev/null &
     child=$!
     # A trapped signal interrupts `wait`; the last one, of a process that is gone, tells the status that bash kept.
     while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
     wait "$child" || status=$?
-    if ((status != 0 && signals_passed > 0)); then status=143; fi
+    if ((status != 0)); then status=$(status_of_ranks "$count" "$status"); fi
+    rm -f "$WAN_FINETUNE_STATUSES"
     exit "$status"
+}
+
+status_of_ranks() { # COUNT STATUS: how the trainers ended, where the launcher itself ended with STATUS
+    local -a ends=()
+    local end
+    if [[ -f $WAN_FINETUNE_STATUSES ]]; then
+        while read -r end; do ends+=("$end"); done <"$WAN_FINETUNE_STATUSES"
+    fi
+    # The first to end has the reason; the others end because of it. One that says nothing was killed.
+    if ((signals_passed > 0)); then
+        case ${ends[0]-} in 2 | 3) echo "${ends[0]}" ;; *) echo 143 ;; esac
+    elif ((${#ends[@]} == $1)); then
+        echo "${ends[0]}"
+    else
+        echo "$2"
+    fi
 }
 
 train() { # [CONFIG] [section.key=value ...]
@@ -248,6 +271,17 @@ train() { # [CONFIG] [section.key=value ...]
         if [[ $config != /* && $caller_folder != "$PWD" ]]; then config=$caller_folder/$config; fi
     fi
     if [[ ! -f $config ]]; then fail 2 "no configuration $config; configs/ holds some to start from"; fi
+    if [[ -n ${ACCELERATE_CONFIG-} ]]; then
+        if [[ $ACCELERATE_CONFIG != /* && $caller_folder != "$PWD" ]]; then
+            ACCELERATE_CONFIG=$caller_folder/$ACCELERATE_CONFIG
+        fi
+        if [[ ! -f $ACCELERATE_CONFIG ]]; then fail 2 "ACCELERATE_CONFIG: there is no $ACCELERATE_CONFIG"; fi
+        count=$(nvidia_gpu_count)
+        if ((count == 0)); then fail 2 "ACCELERATE_CONFIG is for GPUs, and nvidia-smi lists none"; fi
+        install train
+        say "training $config on $count GPUs as $ACCELERATE_CONFIG says"
+        train_in_processes "$count" --config "$config" "$@"
+    fi
     install train
     count=$(nvidia_gpu_count)
     if ((count > 1)); then

@@ -108,9 +108,9 @@ def choose_bucket(
     candidates = [b for b in long_enough if not still or b.num_frames == 1]
     fitting = [b for b in candidates if upscale or (b.width <= width and b.height <= height)]
     if not fitting:
-        sizes = ", ".join(str(bucket) for bucket in candidates)
+        smallest = min(candidates, key=lambda b: (b.width * b.height, b))
         return (
-            f"too small: {width}x{height} is below every bucket long enough for it ({sizes}); "
+            f"too small: {width}x{height} is below every bucket long enough for it, the smallest of them {smallest}; "
             "use a larger clip or a smaller bucket, or set data.upscale = true"
         )
     aspect = width / height

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ def compose(caption: str, trigger: str, template: str) -> str:
     return settle("".join(pieces))
 
 
+@lru_cache(maxsize=1024)
 def settle(text: str) -> str:
     """The text cleaned until cleaning changes nothing: one pass may leave "&amp;lt;" as "&lt;"."""
     while True:

@@ -14,6 +14,8 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri
 """The page may show what it carries and may ask nobody for anything."""
 THUMB = 128
 """Longest side of a thumbnail, in pixels."""
+MOST_CHARACTERS = 300
+"""Characters that are shown of a caption."""
 MOST_ROWS = 2000
 """Clips that the page lists; the files beside it hold all of them."""
 
@@ -37,6 +39,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space:
 .bar { height: .5rem; background: var(--good); border-radius: 3px; min-width: 2px; }
 img { display: inline-block; border-radius: 4px; margin-right: 4px; image-rendering: auto; }
 td.pictures, td.k { white-space: nowrap; }
+td.name { min-width: 12rem; } td.level { white-space: nowrap; }
+a { color: inherit; }
 .scroll { overflow-x: auto; }
 """
 
@@ -76,6 +80,8 @@ class CheckPage:
     buckets: list[BucketLine]
     findings: list[tuple[str, str, str]] = field(default_factory=list)
     """Level ("error" or "warning"), clip, message."""
+    videos: list[tuple[str, str]] = field(default_factory=list)
+    """File, beside the page, and clip of each window that was written as a video."""
 
 
 def thumbnail(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -103,6 +109,7 @@ def render_page(page: CheckPage) -> str:
         section(
             "Clips", "First, middle and last frame of each clip's first window, as the encoder sees it.", clips(used)
         ),
+        section("Moving", "The first windows as videos, as the encoder sees them.", videos(page.videos)),
     ]
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
@@ -122,14 +129,17 @@ def table(head: Sequence[str], rows: Sequence[str]) -> str:
 
 
 def faults(left_out: Sequence[ClipLine]) -> str:
-    rows = [f"<tr><td>{escape(c.name)}<td class=error>{escape(c.reason or '')}</tr>" for c in left_out[:MOST_ROWS]]
+    rows = [
+        f"<tr><td class=name>{escape(c.name)}<td class=error>{escape(c.reason or '')}</tr>"
+        for c in left_out[:MOST_ROWS]
+    ]
     return table(["<th>File", "<th>Why, and what to do"], rows)
 
 
 def findings(found: Sequence[tuple[str, str, str]]) -> str:
     order = sorted(found, key=lambda one: one[0] != "error")
     rows = [
-        f"<tr><td class={level}>{level}<td>{escape(clip)}<td>{escape(message)}</tr>"
+        f'<tr><td class="level {level}">{level}<td class=name>{escape(clip)}<td>{escape(message)}</tr>'
         for level, clip, message in order[:MOST_ROWS]
     ]
     return table(["<th>Level", "<th>Clip", "<th>What, and what to do"], rows)
@@ -147,9 +157,9 @@ def buckets(lines: Sequence[BucketLine]) -> str:
 
 def clips(used: Sequence[ClipLine]) -> str:
     rows = [
-        f"<tr><td class=pictures>{''.join(picture(p) for p in clip.pictures)}<td>{escape(clip.name)}"
+        f"<tr><td class=pictures>{''.join(picture(p) for p in clip.pictures)}<td class=name>{escape(clip.name)}"
         f"<td class=k>{clip.bucket}<td class=n>{clip.windows}<td class=n>{100 * (clip.lost_area or 0):.0f} %"
-        f"<td>{escape(clip.reader or '')}<td>{'<br>'.join(escape(c) for c in clip.captions[:4])}</tr>"
+        f"<td>{escape(clip.reader or '')}<td>{'<br>'.join(escape(shortened(c)) for c in clip.captions[:4])}</tr>"
         for clip in used[:MOST_ROWS]
     ]
     head = [
@@ -162,6 +172,21 @@ def clips(used: Sequence[ClipLine]) -> str:
         "<th>Captions",
     ]
     return table(head, rows)
+
+
+def videos(written: Sequence[tuple[str, str]]) -> str:
+    rows = [
+        f'<tr><td class=name><a href="{escape(file)}">{escape(file)}</a><td>{escape(clip)}</tr>'
+        for file, clip in written
+    ]
+    return table(["<th>File", "<th>Clip"], rows)
+
+
+def shortened(caption: str) -> str:
+    """A caption as the page shows it: one of a thousand words would hide the rest."""
+    if len(caption) <= MOST_CHARACTERS:
+        return caption
+    return f"{caption[:MOST_CHARACTERS]}... ({len(caption):,} characters)"
 
 
 def picture(pixels: NDArray[np.uint8]) -> str:

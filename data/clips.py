@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from wan_finetune.captions import clean_caption
 from wan_finetune.video import VideoInfo
 
 from .buckets import Bucket, choose_bucket
-from .captions import compose, variants
+from .captions import compose, settle, variants
 from .config import DataConfig, SourceConfig
 from .framing import Box, crop_box, lost_area
 from .inspection import Inspected, Inspector
@@ -33,6 +32,7 @@ class Clip:
     source: int
     """Number of its source in the configuration."""
     still: bool
+    """Whether it shows no motion: an image, or a video that fills a bucket of one frame alone."""
     width: int
     """On display, in pixels."""
     height: int
@@ -73,7 +73,8 @@ class Row:
 
     def to_json(self) -> str:
         """One line, keys in a fixed order, Chinese left readable."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        # Not `asdict`, which copies each value: there is a line for each of up to a million clips.
+        return json.dumps({field.name: getattr(self, field.name) for field in fields(self)}, ensure_ascii=False)
 
 
 def find_clips(config: DataConfig, inspector: Inspector) -> Iterator[tuple[Row, Clip | None]]:
@@ -109,23 +110,21 @@ def make_clip(item: Item, name: str, found: Inspected, span: Span, number: int, 
     if not composed:
         return "its caption is empty; describe the clip in it"
     buckets = config.buckets_of(source)
-    still = info.reader == "pillow"
     long_enough = [b for b in buckets if len(possible_starts(info, span, b, config.fps))]
     if not long_enough:
         return too_short(span, buckets, config.fps)
     bucket = choose_bucket(
-        round(found.content.width), round(found.content.height), still, long_enough, buckets, config.upscale
+        round(found.content.width), round(found.content.height), info.is_still, long_enough, buckets, config.upscale
     )
     if isinstance(bucket, str):
         return bucket
-    mode = source.windows or config.windows
-    count = source.windows_per_clip or config.windows_per_clip
+    mode, count = config.windows_of(source)
     return Clip(
         name=name,
         path=item.path,
         sha256=found.sha256,
         source=number,
-        still=still,
+        still=bucket.num_frames == 1,
         width=info.width,
         height=info.height,
         box=crop_box(found.content, bucket, source.focus),
@@ -145,7 +144,7 @@ def compose_captions(raw: tuple[str, ...], source: SourceConfig, config: DataCon
     return {
         caption: variants(compose(caption, trigger, template), trigger, orders, seed=0)
         for caption in raw
-        if clean_caption(caption)
+        if settle(caption)
     }
 
 

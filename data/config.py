@@ -13,6 +13,9 @@ from .buckets import Bucket, parse_buckets
 Expert = Literal["high", "low", "single"]
 WindowMode = Literal["head", "centre", "uniform", "all", "random"]
 
+RANDOM_WINDOWS = 4
+"""Windows that are encoded for `random` where nothing is said."""
+
 
 class SourceConfig(Settings):
     """Where clips come from. What is left out here is taken from [data]."""
@@ -140,9 +143,9 @@ class DataConfig(Settings):
     """Largest bucket in tokens of the denoiser (4x16x16 pixels each); auto buckets keep to it, others are refused."""
     windows: WindowMode = "uniform"
     """Stretches taken from a clip: its `head`, its `centre`, `windows_per_clip` spread from start to end (`uniform`),
-    `all` that fit one after another, or `random`: windows_per_clip of them, one drawn each epoch."""
-    windows_per_clip: int = Field(1, ge=1, le=1000)
-    """How many windows `uniform` and `random` take from each clip."""
+    `all` that fit one after another, or `random`: windows_per_clip of them, of which each epoch draws one."""
+    windows_per_clip: int | None = Field(None, ge=1, le=1000)
+    """How many windows `uniform` and `random` take from each clip; 1 and 4 where this is left out."""
     upscale: bool = False
     """Enlarge clips that are smaller than every bucket, at the price of sharpness, instead of leaving them out."""
     caption_dropout: float = Field(0.05, ge=0, le=1)
@@ -175,10 +178,25 @@ class DataConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _random_windows_can_be_drawn(self) -> "DataConfig":
+        for source in self.sources:
+            if self.windows_of(source) == ("random", 1):
+                raise ValueError(
+                    f'windows = "random" draws among windows_per_clip windows, and of {source.title} there is only 1; '
+                    "set windows_per_clip to 2 or more, or leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _some_source_shows_the_look(self) -> "DataConfig":
         if all(source.regularisation for source in self.sources):
             raise ValueError("every source is a regularisation set; one must show the look that is to be learnt")
         return self
+
+    def windows_of(self, source: SourceConfig) -> tuple[WindowMode, int]:
+        """Mode and number of the windows of a source's clips."""
+        mode = source.windows or self.windows
+        return mode, source.windows_per_clip or self.windows_per_clip or (RANDOM_WINDOWS if mode == "random" else 1)
 
     def buckets_of(self, source: SourceConfig) -> list[Bucket]:
         """The buckets that a source's clips may take, automatic ones spelled out."""

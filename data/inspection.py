@@ -48,10 +48,15 @@ def file_sha256(path: Path) -> str:
 
 
 class Inspector:
-    """Looks at files through a decoder in a child process, and remembers in `folder` what it saw."""
+    """Looks at files through a decoder in a child process, and remembers in `folder` what it saw.
 
-    def __init__(self, folder: Path, timeout_seconds: float) -> None:
-        self.decoder = Decoder(timeout_seconds=timeout_seconds)
+    Args:
+        decoder: one that has begun already; it is closed with this.
+    """
+
+    def __init__(self, folder: Path, timeout_seconds: float, decoder: Decoder | None = None) -> None:
+        self.decoder = decoder or Decoder()
+        self.decoder.timeout_seconds = timeout_seconds
         self.index = Index(folder, f"{FINDINGS}.{RECORD_VERSION} av {version('av')} pillow {version('pillow')}")
         self.faults: dict[Path, str] = {}
         """Found while frames were read."""

@@ -133,9 +133,19 @@ class SampleTable(Sequence[Sample]):
         row = {name: column[int(index)].as_py() for name, column in zip(SCHEMA.names, self.table.columns, strict=True)}
         return Sample.from_row(row)
 
+    def __iter__(self) -> Iterator[Sample]:
+        # A row at a time, each cell would be looked up by itself.
+        for batch in self.table.to_batches(max_chunksize=ROWS_AT_ONCE):
+            yield from map(Sample.from_row, batch.to_pylist())
+
     def column(self, name: str) -> NDArray[Any]:
-        """One column as an array [N]."""
-        return self.table.column(name).to_numpy()
+        """One column as an array [N]; equal texts are one object."""
+        column = self.table.column(name)
+        if not pa.types.is_string(column.type):
+            return column.to_numpy()
+        # A million names of buckets would be a million objects.
+        coded = column.combine_chunks().dictionary_encode()
+        return coded.dictionary.to_numpy(zero_copy_only=False)[coded.indices.to_numpy()]
 
 
 def write_samples(folder: Path, samples: Iterable[Sample]) -> Path:

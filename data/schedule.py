@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import floor
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,8 +58,8 @@ class Schedule:
     def __init__(
         self,
         *,
-        buckets: Sequence[str],
-        sources: Sequence[int],
+        buckets: Sequence[str] | NDArray[Any],
+        sources: Sequence[int] | NDArray[Any],
         shares: Sequence[Share],
         batch_size: dict[str, int],
         address: tuple[Address, ...],
@@ -69,11 +70,13 @@ class Schedule:
         if small := [name for name in self.names if batch_size[name] < 1]:
             raise ValueError(f"batch size of {', '.join(small)} is below 1")
         self.batch_size, self.address = batch_size, address
-        source, bucket = np.asarray(sources), np.asarray(buckets)
+        number = {name: index for index, name in enumerate(self.names)}
+        source = np.asarray(sources, np.int32)
+        bucket = np.fromiter((number[name] for name in buckets), np.int32, len(buckets))
         self.members = {
-            (name, int(s)): np.flatnonzero((bucket == name) & (source == s))
+            (name, int(s)): np.flatnonzero((bucket == number[name]) & (source == s))
             for name in self.names
-            for s in np.unique(source[bucket == name])
+            for s in np.unique(source[bucket == number[name]])
         }
         self.visits = visits_in_a_cycle({key: len(m) for key, m in self.members.items()}, shares)
         self.cycle = {name: sum(n for (b, _), n in self.visits.items() if b == name) for name in self.names}

@@ -85,7 +85,7 @@ def take_survey(config: DataConfig, inspector: Inspector, report: Path, encoder:
 
 def to_samples(clip: Clip, config: DataConfig, inspector: Inspector, encoder: str) -> list[Sample]:
     """The samples of a clip, under the window mode of its source."""
-    draw = (config.sources[clip.source].windows or config.windows) == "random"
+    draw = config.windows_of(config.sources[clip.source])[0] == "random"
     mask_sha256 = inspector.sha256(clip.mask) if clip.mask else None
     return samples_of(
         clip,

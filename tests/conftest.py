@@ -1,15 +1,20 @@
 """What every test stands on: no network, no user's settings, one thread."""
 
+import functools
 import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
-ROOT = Path(__file__).parent.parent
+if TYPE_CHECKING:
+    from train.config import Config
+
 HF_HOME = pytest.StashKey[str]()
 
 
@@ -62,44 +67,22 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory) -> Path:
-    """Brand clips and caches that all runs here share."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Brand clips and caches that all trainings share."""
     return tmp_path_factory.mktemp("shared")
 
 
 @pytest.fixture
-def make_config(tiny_base, shared, tmp_path):
-    """A quick run of the pocket configuration on the tiny base; more overrides may follow."""
+def make_config(tiny_base: Path, shared: Path, tmp_path: Path) -> "Callable[..., Config]":
+    """A quick run of the pocket configuration on the tiny base; overrides may follow."""
+    from tests.tiny_runs import tiny_config
 
-    from train.config import Config
-    from wan_finetune.settings import load_settings
-
-    def make(*overrides: str) -> Config:
-        return load_settings(
-            Config,
-            ROOT / "configs" / "pocket.toml",
-            [
-                f"model.base='{tiny_base}'",
-                f"run.folder='{tmp_path}'",
-                f"data.cache='{shared / 'cache'}'",
-                f"data.sources=[{{path='{shared / 'ember'}', make='wan_finetune.pocket.brand:ember'}}]",
-                *[
-                    "high.steps=4",
-                    "low.steps=4",
-                    "train.round_steps=2",
-                    "train.batch_size=2",
-                    "optimizer.warmup_steps=1",
-                ],
-                *["sampling.steps=2", "sampling.prompts=['A red star moves up in a desert.']"],
-                *["evaluation.prompts=['A blue circle moves down in the night sky.']", *overrides],
-            ],
-        )
-
-    return make
+    return functools.partial(tiny_config, tiny_base, shared, tmp_path)
 
 
 @pytest.fixture(autouse=True)
-def signals_are_given_back():
+def signals_are_given_back() -> Iterator[None]:
+    """A test that runs a job in this process leaves no handler behind."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     yield
     for number, handler in kept.items():

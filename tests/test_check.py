@@ -1,6 +1,10 @@
 """`python -m data.check`: what a person sees of a data set before training on it."""
 
+import contextlib
 import json
+import os
+import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +28,7 @@ def add_scene(folder, name, number, caption=None):
     (folder / f"{name}.txt").write_text(caption or world.caption(scene), encoding="utf-8")
 
 
-def checked(folder, tmp_path, *overrides, flags=()):
+def checked(folder, tmp_path, *overrides, flags=(), stderr=subprocess.PIPE):
     """The command as a user runs it."""
     config = tmp_path / "config.toml"
     config.write_text(
@@ -32,7 +36,9 @@ def checked(folder, tmp_path, *overrides, flags=()):
         f"cache = '{tmp_path / 'cache'}'\n[[data.sources]]\npath = '{folder}'\n[high]\nsteps = 3\n"
     )
     command = [sys.executable, "-m", "data.check", "--config", str(config), "--out", str(tmp_path / "out"), *flags]
-    return subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [*command, *overrides], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=120
+    )
 
 
 def test_a_good_set_passes_and_is_there_to_look_at(tmp_path):
@@ -47,6 +53,7 @@ def test_a_good_set_passes_and_is_there_to_look_at(tmp_path):
     assert "64x64x17: 4 clips, 4 windows, 80 tokens each" in done.stdout
     assert "64x64x1: 1 clips, 1 windows, 16 tokens each" in done.stdout
     assert "5 clips can be used, 0 cannot" in done.stdout and "error" not in done.stdout
+    assert done.stderr == "", "no progress bar where nobody watches"
     out = tmp_path / "out"
     clips = sorted((out / "clips").iterdir())
     assert len(clips) == 4
@@ -79,6 +86,9 @@ def test_what_cannot_be_used_is_exit_1_and_every_doubt_is_named(tmp_path):
     told = json.loads(done.stdout)
     reasons = {row["file"]: row["reason"] for row in told["clips"] if not row["used"]}
     assert list(reasons) == ["short.mp4"] and "too short" in reasons["short.mp4"]
+    assert told["unusable"] == 1
+    (bucket,) = told["buckets"]
+    assert bucket == {"name": "64x64x17", "clips": 7, "samples": 7, "tokens": 5 * 4 * 4}
     findings = {(clip, message) for _, clip, message in told["findings"]}
 
     def said(clip, words):
@@ -86,8 +96,77 @@ def test_what_cannot_be_used_is_exit_1_and_every_doubt_is_named(tmp_path):
 
     assert said("black.mp4", "is black throughout") and said("frozen.mp4", "does not move")
     assert said("cut.mp4", "holds 2 shots, and a window may run across a cut")
-    assert said("0.mp4", "shows the same as others: 0.mp4, again.mp4")
+    assert said("0.mp4", "shows the same as again.mp4; keep one of them")
+    assert not any(clip == "cut.mp4" and "black bars" in message for clip, message in findings)
     assert any(name == "frozen.mp4" and "ACME" in message for name, message in findings)  # the trigger twice
+
+
+def letterboxed(frames):
+    """The frames between black bars."""
+    frames = frames.copy()
+    frames[:, :10] = frames[:, -10:] = 0
+    return frames
+
+
+def test_sources_are_told_apart_and_what_they_disagree_on_is_named(tmp_path):
+    look, stock, again = tmp_path / "look", tmp_path / "stock", tmp_path / "again"
+    add_scene(look, "a", 1)
+    add_scene(look, "b", 2)
+    patches = np.random.default_rng(3).integers(80, 255, (8, 16, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    moving = letterboxed(np.stack([np.roll(patches, 2 * frame, axis=1)[:, :64] for frame in range(30)]))
+    write_video(look / "bars.mp4", moving, 16)
+    (look / "bars.txt").write_text("patches of colour that pass by")
+    # Then a card, which the cut before it belongs to.
+    write_video(look / "card.mp4", np.concatenate([moving[:, :, ::-1], patches[None, :, :64].repeat(30, 0)]), 16)
+    (look / "card.txt").write_text("patches of colour that pass by to the left")
+    add_clip(look, "brief.mp4", "a short moment of grey", num_frames=8)
+    stock.mkdir()
+    shutil.copy(look / "a.mp4", stock / "copy.mp4")
+    (stock / "copy.txt").write_text("a shape on the ground")
+    again.mkdir()
+    shutil.copy(look / "b.mp4", again / "b.mp4")
+    (again / "b.txt").write_text("an old caption of the same clip")
+    others = f"{{path='{stock}', regularisation=true}}, {{path='{again}'}}"
+    # The first folder a second time, in another size: no duplicates and no disagreement.
+    wide = f"{{path='{look}', buckets=['64x48x17', '64x48x1']}}"
+    done = checked(look, tmp_path, f"data.sources=[{{path='{look}'}}, {others}, {wide}]", flags=["--json"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)["findings"]
+    name = "source 1: look/"
+    found = [(level, clip, message.split(";")[0]) for level, clip, message in told]
+    assert [one for one in found if one[1] == "stock/copy.mp4"] == [
+        (
+            "error",
+            "stock/copy.mp4",
+            f"is the same clip as {name}a.mp4, and only one of the two sources is a regularisation set: it would be "
+            "learnt and held off at once",
+        )
+    ]
+    assert ["warning", "again/b.mp4", f"is the same clip as {name}b.mp4, with another caption; keep one, or write both "
+            "beside one of them"] in told  # fmt: skip
+    assert ("warning", f"{name}bars.mp4", "has black bars, which would be learnt") in found
+    assert ("warning", f"{name}card.mp4", "ends in a still picture from 1.88 s on") in found
+    assert not [one for one in found if one[1] == f"{name}card.mp4" and "shots" in one[2]]
+    still = "is a video that fills no bucket but 64x64x1, and trains as a still, without motion"
+    assert ("warning", f"{name}brief.mp4", still) in found
+    assert ("warning", f"{name}a.mp4", "shows the same as stock/copy.mp4") in found
+    assert not any("has the same caption" in message for _, _, message in found)
+    # Only its size is another in the fourth source.
+    assert {message for _, clip, message in found if clip.startswith("source 4")} == {still.replace("64x64", "64x48")}
+
+
+def test_progress_is_shown_on_a_terminal(tmp_path):
+    for number in range(3):
+        add_scene(tmp_path / "clips", f"{number}", number)
+    main, terminal = pty.openpty()
+    done = checked(tmp_path / "clips", tmp_path, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError), os.fdopen(main, "rb", 0) as file:  # the end of a terminal is an error
+        while part := file.read(65536):
+            shown += part
+    assert done.returncode == 0 and "3 clips can be used" in done.stdout
+    assert b"looking at the clips" in shown and b"3/3" in shown and "━".encode() in shown
 
 
 def test_bad_input_is_one_message_and_exit_2(tmp_path):
@@ -102,7 +181,8 @@ def test_check_needs_neither_torch_nor_diffusers(tmp_path):
     program = (
         "import sys, runpy\nsys.argv = ['check', *sys.argv[1:]]\n"
         "try:\n    runpy.run_module('data.check', run_name='__main__')\n"
-        "except SystemExit:\n    print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+        "except SystemExit:\n"
+        "    print(sorted({'torch', 'diffusers', 'transformers', 'scipy', 'datasets'} & set(sys.modules)))"
     )
     config = tmp_path / "config.toml"
     config.write_text(
@@ -114,6 +194,10 @@ def test_check_needs_neither_torch_nor_diffusers(tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+    # --help does not even wait for NumPy.
+    program = "import sys, data.check; print(sorted({'numpy', 'pydantic', 'av', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["[]"], done.stdout + done.stderr
 
 
 @pytest.mark.browser

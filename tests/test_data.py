@@ -106,6 +106,12 @@ def test_wrong_values_are_named_with_line_and_key(tmp_path, line, message):
             'sources = [{path = "x", regularisation = true}]\nbuckets = ["64x64x1"]',
             "every source is a regularisation set; one must show the look that is to be learnt",
         ),
+        (
+            'sources = [{path = "x", windows_per_clip = 3}, {path = "y", windows_per_clip = 1}]\n'
+            'buckets = ["64x64x1"]\nwindows = "random"',
+            'windows = "random" draws among windows_per_clip windows, and of y there is only 1; set '
+            "windows_per_clip to 2 or more, or leave it out",
+        ),
     ],
 )
 def test_what_is_wrong_with_the_table_as_a_whole_is_one_line(tmp_path, lines, message):
@@ -134,9 +140,11 @@ def lines_of(report):
     return [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
 
 
-def test_each_clip_has_a_line_in_the_report(folder, cache, report, tmp_path):
+def test_each_clip_has_a_line_in_the_report(folder, cache, report, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.samples.ROWS_AT_ONCE", 4)  # so that the table has several parts
     survey = survey_of(config_for(folder, cache=cache, trigger="ACME", windows_per_clip=2), report)
     samples = SampleTable(survey.samples)
+    assert list(samples) == [samples[index] for index in range(6)] == samples[:6]
     assert survey.used == 3 and [s.clip for s in samples][::2] == ["a.MOV", "b.mp4", "sub/c.mkv"]
     text = report.read_text(encoding="utf-8")
     assert str(tmp_path) not in text and "一个红色的球" in text
@@ -235,6 +243,9 @@ def test_random_windows_are_one_sample_and_shuffled_tags_are_orders_of_one_capti
     assert orders[0] == "ACME, red, green, blue" and len(set(orders)) == 4
     assert {tuple(sorted(order.split(", "))) for order in orders} == {("ACME", "blue", "green", "red")}
     assert all(order.startswith("ACME, ") for order in orders)
+    del changes["windows_per_clip"]
+    samples = prepare(config_for(tmp_path / "clips", cache=cache, **changes), report)
+    assert len(samples[0].latent_keys) == 4, "random windows are several where nothing is said"
 
 
 def test_long_footage_is_split_at_its_cuts(cache, report, tmp_path):

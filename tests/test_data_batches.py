@@ -75,15 +75,18 @@ def test_captions_are_chosen_by_address_and_dropped_at_the_given_rate(material):
         changed = config.model_copy(update={"caption_dropout": dropout})
         return [p.caption for batch in places_of(changed, samples, 1500) for p in batch if p.sample.clip == "b.mp4"]
 
-    counts = Counter(chosen(0.2))
+    with_dropout, without = chosen(0.2), chosen(0.0)
+    counts = Counter(with_dropout)
     captions = [orders[0] for orders in samples[1].captions]
-    assert chosen(0.2) == chosen(0.2) and set(counts) == {"", *captions} and counts.total() == 1000
+    assert chosen(0.2) == with_dropout and set(counts) == {"", *captions} and counts.total() == 1000
     # Four standard deviations of a binomial of 1000.
     assert abs(counts[""] - 200) < 4 * math.sqrt(1000 * 0.2 * 0.8)
     assert abs(counts[captions[0]] - 400) < 4 * math.sqrt(1000 * 0.4 * 0.6)
-    assert "" not in chosen(0.0) and set(chosen(1.0)) == {""}
-    kept = zip(chosen(0.0), chosen(0.2), strict=True)
-    assert all(with_dropout in ("", without) for without, with_dropout in kept)
+    assert "" not in without and set(chosen(1.0)) == {""}
+    assert all(one in ("", kept) for kept, one in zip(without, with_dropout, strict=True))
+    half = places_of(config.model_copy(update={"caption_dropout": 0.5}), samples, 200)
+    # Each place of a batch draws by itself: the two of half the batches differ, within four standard deviations.
+    assert abs(sum((a.caption == "") != (b.caption == "") for a, b in half) - 100) < 4 * math.sqrt(200 * 0.25)
 
 
 def test_a_random_window_is_a_function_of_seed_epoch_and_sample(material, tmp_path):
@@ -115,6 +118,16 @@ def test_stills_go_to_the_low_expert_unless_the_source_says_otherwise(material, 
     assert clips("high", both) == {"a.mp4", "b.png"}
     with pytest.raises(InputError, match="none of the 2 samples is for the low expert"):
         clips("low", both)
+
+
+def test_a_video_that_fills_a_bucket_of_one_frame_alone_is_a_still(material, tmp_path):
+    add_clip(tmp_path / "clips", "long.mp4")
+    add_clip(tmp_path / "clips", "short.mp4", num_frames=10, seed=1)
+    config, samples = material(tmp_path / "clips", buckets=["64x64x17", "64x64x1"])
+    assert [(s.clip, str(s.bucket)) for s in samples] == [("long.mp4", "64x64x17"), ("short.mp4", "64x64x1")]
+    high = {p.sample.clip for batch in places_of(config, samples, 20, expert="high") for p in batch}
+    low = {p.sample.clip for batch in places_of(config, samples, 20, expert="low") for p in batch}
+    assert (high, low) == ({"long.mp4"}, {"long.mp4", "short.mp4"})
 
 
 def test_masks_and_weights_come_with_their_clips(material, tmp_path):

@@ -46,45 +46,83 @@ def test_stills_take_buckets_of_one_frame_and_videos_avoid_them():
     assert only_videos == "a still needs a bucket of one frame, such as 64x64x1; add it"
 
 
-@given(
-    st.integers(16, 2000), st.integers(16, 2000), st.integers(1, 300), st.sampled_from([12.0, 25.0, 29.97]), st.data()
+SIZES = st.builds(Bucket, *[st.integers(1, 60).map(lambda n: 16 * n)] * 2, st.integers(0, 20).map(lambda n: 4 * n + 1))
+CASES = st.fixed_dictionaries(
+    {
+        "clip": st.fixed_dictionaries(
+            {
+                "width": st.integers(16, 2000),
+                "height": st.integers(16, 2000),
+                "num_frames": st.integers(1, 300),
+                "fps": st.sampled_from([12.0, 25.0, 29.97]),
+            }
+        ),
+        "buckets": st.lists(SIZES, min_size=1, max_size=5),
+        "mode": st.sampled_from(["head", "centre", "uniform", "all", "random"]),
+        "count": st.integers(1, 6),
+        "upscale": st.booleans(),
+    }
 )
-@settings(max_examples=150)
-def test_the_chosen_bucket_always_fits_and_windows_lie_inside(width, height, num_frames, rate, data):
-    sizes = st.builds(
-        Bucket, *[st.integers(1, 60).map(lambda n: 16 * n)] * 2, st.integers(0, 20).map(lambda n: 4 * n + 1)
-    )
-    buckets = data.draw(st.lists(sizes, min_size=1, max_size=5))
-    mode = data.draw(st.sampled_from(["head", "centre", "uniform", "all", "random"]))
-    count = data.draw(st.integers(1, 6))
-    clip = {"width": width, "height": height, "num_frames": num_frames, "fps": rate}
-    info, chosen = info_of(**clip), chosen_for(buckets, **clip)
+
+
+def check_choice(clip, buckets, mode, count, upscale):
+    """The bucket fits, none is nearer in shape, and the windows lie inside; or none fits."""
+    info, chosen = info_of(**clip), chosen_for(buckets, upscale=upscale, **clip)
 
     def fits(bucket):
         long_enough = (bucket.num_frames - 1) / 16 < info.duration_seconds - 1e-4
-        return bucket.width <= width and bucket.height <= height and long_enough
+        return long_enough and (upscale or (bucket.width <= clip["width"] and bucket.height <= clip["height"]))
 
     if isinstance(chosen, str):
-        assert not any(fits(bucket) for bucket in buckets)
+        assert not any(fits(bucket) for bucket in buckets) and "; " in chosen
         return
     assert chosen in buckets and fits(chosen)
-    distance = abs(math.log(chosen.width / chosen.height * height / width))
-    for bucket in filter(fits, buckets):
-        if (bucket.num_frames == 1) == (chosen.num_frames == 1):
-            assert distance <= abs(math.log(bucket.width / bucket.height * height / width)) + 1e-6
+
+    def distance(bucket):
+        return abs(math.log(bucket.width / bucket.height * clip["height"] / clip["width"]))
+
+    moving = [bucket for bucket in filter(fits, buckets) if bucket.num_frames > 1]
+    assert chosen.num_frames > 1 or not moving, "trained as a still although it fills a bucket with motion"
+    for bucket in moving or filter(fits, buckets):
+        assert distance(chosen) <= distance(bucket) + 1e-6
+        if abs(distance(chosen) - distance(bucket)) < 1e-12:
+            assert math.prod((chosen.width, chosen.height, chosen.num_frames)) >= math.prod(
+                (bucket.width, bucket.height, bucket.num_frames)
+            )
     starts = window_starts(info, whole(info), chosen, 16.0, mode, count, "content")
     assert list(starts) == sorted(set(starts)) and set(starts) <= set(info.pts_seconds.tolist())
     assert len(starts) >= 1 and (mode == "all" or len(starts) <= count)
     assert starts[-1] + (chosen.num_frames - 1) / 16 < info.duration_seconds
+    box = crop_box(Box(0, 0, clip["width"], clip["height"]), chosen, (0.5, 0.5))
+    enlarged = max(chosen.width / box.width, chosen.height / box.height)
+    assert upscale or enlarged <= 1 + 1e-9
+    # The crop keeps the whole of one side.
+    assert box.width == pytest.approx(clip["width"]) or box.height == pytest.approx(clip["height"])
 
 
-@given(
-    st.tuples(st.integers(1, 80), st.integers(1, 60), st.integers(0, 30)),
-    st.one_of(st.none(), st.integers(1, 40_000)),
+@given(CASES)
+@settings(max_examples=150)
+def test_the_chosen_bucket_always_fits_and_windows_lie_inside(case):
+    check_choice(**case)
+
+
+@pytest.mark.slow
+@given(CASES)
+@settings(max_examples=10_000)
+def test_the_chosen_bucket_fits_ten_thousand_clips(case):
+    check_choice(**case)
+
+
+LARGEST = st.builds(
+    Bucket,
+    st.integers(1, 80).map(lambda n: 16 * n),
+    st.integers(1, 60).map(lambda n: 16 * n),
+    st.integers(0, 30).map(lambda n: 4 * n + 1),
 )
-@settings(max_examples=300)
-def test_automatic_buckets_keep_to_area_and_budget(size, max_tokens):
-    largest = Bucket(16 * size[0], 16 * size[1], 4 * size[2] + 1)
+BUDGETS = st.one_of(st.none(), st.integers(1, 40_000))
+
+
+def check_automatic(largest, max_tokens):
     buckets = automatic_buckets(largest, max_tokens)
     assert len(set(buckets)) == len(buckets)
     for bucket in buckets:
@@ -93,6 +131,19 @@ def test_automatic_buckets_keep_to_area_and_budget(size, max_tokens):
         assert max_tokens is None or bucket.tokens <= max_tokens
     if max_tokens is None:
         assert largest in buckets and any(bucket.num_frames == 1 for bucket in buckets)
+
+
+@given(LARGEST, BUDGETS)
+@settings(max_examples=150)
+def test_automatic_buckets_keep_to_area_and_budget(largest, max_tokens):
+    check_automatic(largest, max_tokens)
+
+
+@pytest.mark.slow
+@given(LARGEST, BUDGETS)
+@settings(max_examples=10_000)
+def test_ten_thousand_automatic_sets_keep_to_area_and_budget(largest, max_tokens):
+    check_automatic(largest, max_tokens)
 
 
 def test_automatic_buckets_spell_out_the_usual_shapes():

@@ -26,6 +26,11 @@ def decoder():
         yield decoder
 
 
+def children():
+    """Processes that this one has started."""
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     return encode_drift(tmp_path_factory.mktemp("clip") / "clip.mp4")
@@ -54,6 +59,32 @@ def test_the_child_gives_what_the_library_gives(decoder, clip, tmp_path):
         np.testing.assert_array_equal(frames, read_frames(expected, np.array(indices)))
         frames += 1  # the caller's own: neither read-only nor seen by anyone else
         np.testing.assert_array_equal(decoder.read(info, np.array(indices)), read_frames(expected, np.array(indices)))
+
+
+def test_a_child_that_was_begun_early_is_the_one_that_answers(clip):
+    others = children()
+
+    def started():
+        return [pid for pid in children() if pid not in others]
+
+    with Decoder() as decoder:
+        decoder.begin()
+        decoder.begin()
+        (begun,) = started()
+        assert decoder.pid is None
+        assert decoder.inspect(clip).num_frames == 40 and decoder.pid == begun
+        decoder.begin()
+        assert started() == [begun]
+    assert started() == []
+    decoder.begin()
+    (begun,) = started()
+    os.kill(begun, signal.SIGKILL)
+    assert wait_until(lambda: not is_running(begun))
+    assert decoder.inspect(clip).num_frames == 40 and decoder.pid != begun
+    decoder.close()
+    decoder.begin()
+    decoder.close()
+    assert started() == []
 
 
 def test_frames_in_use_are_never_overwritten(decoder, clip):

@@ -247,8 +247,26 @@ def test_several_gpus_are_used_through_accelerate_launch(checkout):
     write_script(checkout.tools / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: x'\necho '  MIG 1g'\necho 'GPU 1: x'\n")
     assert checkout.run("configs/pocket.toml", "a.b=[1, 2]").returncode == 0
     (call,) = checkout.calls()
-    assert call["argv"][:5] == [".venv/bin/accelerate", "launch", "--multi_gpu", "--num_processes", "2"]
+    assert call["argv"][:3] == [".venv/bin/accelerate", "launch", "--multi_gpu"]
+    assert call["argv"][call["argv"].index("--num_processes") + 1] == "2"
     assert call["argv"][-5:] == ["-m", "train", "--config", "configs/pocket.toml", "a.b=[1, 2]"]
+
+
+def test_an_accelerate_configuration_names_the_engine_for_this_machines_gpus(checkout):
+    checkout.install()
+    (checkout.root / "x y.yaml").touch()
+    checkout.env["ACCELERATE_CONFIG"] = "x y.yaml"
+    result = checkout.run("configs/pocket.toml", "a.b=1")
+    assert result.returncode == 2 and "is for GPUs" in result.stderr
+    write_script(checkout.tools / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: x'\necho 'GPU 1: x'\n")
+    assert checkout.run("configs/pocket.toml", "a.b=1").returncode == 0
+    (call,) = checkout.calls()
+    assert call["argv"][:4] == [".venv/bin/accelerate", "launch", "--config_file", "x y.yaml"]
+    assert call["argv"][4:8] == ["--num_processes", "2", "--num_machines", "1"]
+    assert call["argv"][8:] == ["-m", "train", "--config", "configs/pocket.toml", "a.b=1"]
+    checkout.env["ACCELERATE_CONFIG"] = "nowhere.yaml"
+    result = checkout.run()
+    assert result.returncode == 2 and "nowhere.yaml" in result.stderr
 
 
 # --- refusals and installation ---------------------------------------------------------------------------------------

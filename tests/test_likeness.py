@@ -3,10 +3,20 @@
 import itertools
 import time
 
+import imagehash
 import numpy as np
 import pytest
+from PIL import Image
 
-from data.likeness import FINGERPRINT_BYTES, HASH_BYTES, MAX_BITS, MAX_CHANGE, duplicates, fingerprint
+from data.likeness import (
+    FINGERPRINT_BYTES,
+    HASH_BYTES,
+    MAX_BITS,
+    MAX_CHANGE,
+    duplicates,
+    fingerprint,
+    perceptual_hash,
+)
 from tests.footage import BIKES_CUTS, encoded, footage, grain, resized
 from wan_finetune.pocket import world
 
@@ -28,6 +38,12 @@ def brute_force(fingerprints):
             label = [new if value == old else value for value in label]
     groups = {value: tuple(k for k, other in enumerate(label) if other == value) for value in label}
     return sorted(group for group in groups.values() if len(group) > 1)
+
+
+def test_the_hash_is_imagehashs():
+    noise = np.random.default_rng(0).integers(0, 256, (20, 90, 160, 3), dtype=np.uint8)
+    for frame in (*footage(*SHOTS[0]), *footage(*SHOTS[2]), *noise):
+        assert np.array_equal(perceptual_hash(frame), imagehash.phash(Image.fromarray(frame)).hash)
 
 
 @pytest.mark.parametrize("shot", SHOTS, ids=str)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from train.averaging import averaged_weights, make_average, require_whole_weights
-from train.checkpoint import flatten_optimizer, unflatten_optimizer
 from train.config import Config
 from train.expert_settings import OPTIMIZERS, ExpertSettings, OptimizerSettings
 from train.optim import CLASSES, learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from train.optimizer_state import flatten_optimizer, unflatten_optimizer
 from wan_finetune.adapters import inject_lora, lora_weights, set_lora_weights
 from wan_finetune.errors import InputError
 from wan_finetune.experts import HIGH, load_expert

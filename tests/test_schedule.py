@@ -115,7 +115,9 @@ def test_no_sample_and_no_batch_are_refused():
 
 def test_a_step_of_a_million_samples_costs_what_one_of_a_hundred_does():
     def permuted(count):
-        schedule = schedule_of([("a", 0)] * count)
+        schedule = Schedule(
+            buckets=["a"] * count, sources=[0] * count, shares=PLAIN, batch_size={"a": 2}, address=(1, "high")
+        )
         drawn = []
         for name in ("_order", "_mix", "_turns"):
             made = getattr(schedule, f"{name}_uncached")

@@ -1,5 +1,8 @@
 """Quick runs on the tiny base, and what it means that two of them ended alike."""
 
+from pathlib import Path
+
+import tomli_w
 import torch
 
 from train.config import Config
@@ -10,6 +13,34 @@ from train.signals import StopRequest
 from train.tracking import Metrics
 from train.trainer import ExpertState
 from wan_finetune.experts import base_folder
+from wan_finetune.settings import load_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tiny_config(base: Path, shared: Path, folder: Path, *overrides: str) -> Config:
+    """The pocket configuration on the tiny base, 4 steps an expert; more overrides may follow."""
+    return load_settings(
+        Config,
+        ROOT / "configs" / "pocket.toml",
+        [
+            f"model.base='{base}'",
+            f"run.folder='{folder}'",
+            f"data.cache='{shared / 'cache'}'",
+            f"data.sources=[{{path='{shared / 'ember'}', make='wan_finetune.pocket.brand:ember'}}]",
+            *["high.steps=4", "low.steps=4", "train.round_steps=2", "train.batch_size=2", "optimizer.warmup_steps=1"],
+            *["sampling.steps=2", "sampling.prompts=['A red star moves up in a desert.']"],
+            *["evaluation.prompts=['A blue circle moves down in the night sky.']", *overrides],
+        ],
+    )
+
+
+def write_config(config: Config) -> Path:
+    """The configuration as a file in a folder of its own, beside the run."""
+    path = config.run.folder / f"{config.run.name}-job" / "config.toml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    return path
 
 
 def train(config: Config) -> dict[str, ExpertState]:

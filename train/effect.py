@@ -22,9 +22,9 @@ def effect_size(model: Module, taken: Mapping[str, Tensor] | None = None) -> flo
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
             weight = layer.get_base_layer().weight
-            update = layer.get_delta_weight("default")
-            if type(weight.data) is not torch.Tensor or not weight.is_floating_point() or weight.shape != update.shape:
+            if type(weight.data) is not torch.Tensor or not weight.is_floating_point() or not weight.numel():
                 return None
+            update = layer.get_delta_weight("default")
             if taken:
                 a, b = (taken[f"{name}.lora_{half}.weight"].to(weight.device) for half in "AB")
                 start = layer.scaling["default"] * b @ a

@@ -1,9 +1,8 @@
 """The main job: data, training in rounds, previews, evaluation, export, report. Each part is run once and resumes."""
 
-import hashlib
-import json
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from wan_finetune.quiet import quiet_libraries
 
 from . import showcase
 from .best import keep_best, load_best
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import resume, save_checkpoint, sole_writer
 from .config import Config
-from .engine import make_accelerator
+from .engine import engine_name, make_accelerator
+from .identity import identity_of
 from .optim import find_class
 from .panel import Figures
 from .precompute import prepare_data
@@ -61,10 +61,9 @@ def run(config: Config, stop: StopRequest) -> None:
         if not (folder / "checkpoints").is_dir():
             require_start(config.expert(name).lora, name)
     data = prepare_data(config, accelerator)
-    if accelerator.is_main_process:
-        (folder / "config.toml").write_text(tomli_w.dumps(config.resolved()))
     metrics = Metrics(config, accelerator)
-    states = train_experts(config, base, data, metrics, accelerator, stop)
+    with sole_writer(folder / "checkpoints") if accelerator.is_main_process else nullcontext():
+        states = train_experts(config, base, data, metrics, accelerator, stop)
     validation = Validation(config.validation, folder, accelerator)
     validation.begin({name: state.step for name, state in states.items()})
     if not accelerator.is_main_process:
@@ -83,13 +82,16 @@ def train_experts(
 ) -> States:
     """Take every expert to its last step, one stretch after the other; returns their states."""
     folder = config.run_folder / "checkpoints"
-    identity = training_fingerprint(config, data)
+    identity = identity_of(config, base, data, accelerator.num_processes)
     states: States = {name: ExpertState() for name in config.steps()}
-    if saved := load_checkpoint(folder, identity):
-        states = {name: saved.get(name, fresh) for name, fresh in states.items()}
+    if saved := resume(folder, identity, accelerator):
+        states |= saved
         say("going on from " + ", ".join(f"{name} step {state.step}" for name, state in states.items()))
     reached = {name: state.step for name, state in states.items()}
     metrics.forget_after(reached)
+    if accelerator.is_main_process:
+        # Not before it is clear that this run may go on: the file must stay that of the checkpoints.
+        (config.run_folder / "config.toml").write_text(tomli_w.dumps(config.resolved()))
     validation = Validation(config.validation, config.run_folder, accelerator)
     validation.begin(reached)
     figures, previews = Figures(config.steps(), reached), Previews(config, metrics.show_clips)
@@ -104,7 +106,7 @@ def train_experts(
         if state.step >= stretch.stop or validation.has_stopped(stretch.expert):
             continue
         trainer = ExpertTrainer(config, stretch.expert, state, base, data, accelerator)
-        if accelerator.device.type == "cuda" and state.step == 0:
+        if accelerator.device.type == "cuda" and state.step == 0 and engine_name(accelerator) in ("single", "ddp"):
             trainer.rehearse()
         with stop.deferred():
             stopped = run_stretch(trainer, stretch, metrics, figures, validation, stop, save)
@@ -201,23 +203,3 @@ def make_adapter(config: Config, name: ExpertName, state: ExpertState) -> Adapte
             "toolkit": f"wan-finetune {__version__}",
         },
     )
-
-
-def training_fingerprint(config: Config, data: TrainingData) -> str:
-    """A hash of all that decides the adapters' bytes; a checkpoint goes on only under the same."""
-    settings = config.model_dump(mode="json", include={"model", *config.train.experts, "train"})
-    for cadence in ("checkpoint_every_steps", "keep_checkpoints", "order", "round_steps", "experts"):
-        del settings["train"][cadence]
-    for name in config.train.experts:
-        if config.expert(name).optimizer.schedule == "constant":
-            del settings[name]["steps"]
-    settings["seed"] = config.run.seed
-    settings["caption_dropout"] = config.data.caption_dropout
-    settings["sources"] = [
-        [source.repeats, source.weight, source.loss_weight, source.experts] for source in config.data.sources
-    ]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for sample in data.samples:
-        parts = [sample.source, sample.still, sample.latent_keys, sample.mask_keys, sample.captions]
-        digest.update(json.dumps(parts).encode())
-    return digest.hexdigest()

@@ -1,6 +1,11 @@
 """SIGTERM, SIGINT and SIGUSR1 end a run at once, or after the step that is under way, with its state on disk."""
 
+import contextlib
+import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,6 +15,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STATUSES = "WAN_FINETUNE_STATUSES"
+"""Environment variable with a file into which each process writes how it ended; `launch.sh` gives it."""
+
+
+def report_status(status: int) -> None:
+    """Tell the launcher how this process ends: accelerate's and torchrun's own status is 1 whatever their ranks say."""
+    if name := os.environ.get(STATUSES):
+        # A launcher that cannot be told does with its own status.
+        with contextlib.suppress(OSError), open(name, "a") as file:
+            file.write(f"{status}\n")
 
 
 class Stopped(BaseException):
@@ -33,6 +48,28 @@ class StopRequest:
         self.waits = False
         for number in SIGNALS:
             signal.signal(number, self.receive)
+
+    def insist(self, patience_seconds: float = 10.0) -> None:
+        """From now on a signal also ends a process that cannot hear it.
+
+        Python runs handlers between two of its instructions. Outside of training a process may wait in native code for
+        another one that has already stopped (NCCL's barriers do so for ten minutes), with nothing to lose.
+        """
+        heard, rung = os.pipe()
+        os.set_blocking(rung, False)
+        signal.set_wakeup_fd(rung, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(heard, patience_seconds), name="signals", daemon=True).start()
+
+    def _watch(self, heard: int, patience_seconds: float) -> None:
+        while number := os.read(heard, 1)[0]:
+            if number not in SIGNALS:
+                continue
+            time.sleep(patience_seconds)
+            if signal.getsignal(number) == self.receive and not self.waits:
+                name = signal.Signals(number).name
+                print(f"stopped by {name}; the same command goes on from here", file=sys.stderr, flush=True)
+                report_status(Stopped.exit_code)
+                os._exit(Stopped.exit_code)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number

@@ -27,8 +27,11 @@ from wan_finetune.experts import EXPERTS, ExpertName, boundary_ratio, load_exper
 
 from .averaging import averaged_weights, make_average, other_weights, require_whole_weights
 from .config import Config
+from .engine import engine_name
+from .identity import global_batch_size
 from .objective import draw, flow_matching_error, level_weights, noise_levels, weighted_loss
-from .optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
+from .optim import learning_rate, make_optimizer, set_rate
+from .parallel import parallelize
 from .terminal import say
 
 
@@ -117,17 +120,16 @@ class ExpertTrainer:
             model.enable_gradient_checkpointing()
         if state.weights:
             set_lora_weights(model, state.weights)
-        model.to(accelerator.device).train()
+        model.train()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters = [p for _, p in named]
         require_whole_weights(self.settings, accelerator.distributed_type.value)
         self.start = {} if state.weights else lora_b(lora_weights(model))
         optimizer = make_optimizer(named, self.settings.optimizer, self.settings.learning_rate)
-        if state.optimizer:
-            load_optimizer_state(optimizer, state.optimizer)
-        decay = self.settings.optimizer.ema_decay
-        self.average = make_average(model, self.parameters, decay, state.step, state.average)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        clip, decay = self.settings.optimizer.gradient_clip, self.settings.optimizer.ema_decay
+        self.parallel = parallelize(accelerator, model, optimizer, state.optimizer, clip)
+        self.model, self.optimizer = self.parallel.model, self.parallel.optimizer
+        self.parameters = [p for p in self.parallel.module.parameters() if p.requires_grad]
+        self.average = make_average(self.parallel.module, self.parameters, decay, state.step, state.average)
 
     def take_step(self) -> StepRecord:
         """One optimizer step on the global batch of this step.
@@ -143,18 +145,15 @@ class ExpertTrainer:
         work = self.prefetcher.take(step)
         loaded = time.monotonic()
         loss = self.accumulate_gradient(work, step)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.optimizer.gradient_clip)
-        loss_value, norm_value = self.accelerator.reduce(torch.stack([loss, norm.to(loss)]), "mean").tolist()
+        loss_value, norm_value = self.parallel.update(loss)
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise FloatingPointError(
                 f"{self.expert} expert, step {step + 1}: loss {loss_value}, gradient norm {norm_value}; samples: "
                 f"{', '.join(sorted({place.sample.clip for place in work.places}))}. Nothing was updated; a lower "
                 f"learning rate ({self.expert}.learning_rate) or leaving out a damaged clip helps"
             )
-        self.optimizer.step()
         if self.average is not None:
             self.average.step(self.parameters)
-        self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         seconds = time.monotonic() - began
         return StepRecord(
@@ -203,10 +202,9 @@ class ExpertTrainer:
         total = torch.zeros((), device=self.accelerator.device)
         parts = [part for index in range(len(work.micro_batches)) for part in self.parts_of(work, index, splits)]
         for number, part in enumerate(parts):
-            last = number == len(parts) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.parallel.micro_batch(last=number == len(parts) - 1):
                 loss = self.loss_of(part, step, len(work.places)) * part.share
-                self.accelerator.backward(loss)
+                self.parallel.backward(loss)
             total += loss.detach()
         return total
 
@@ -229,9 +227,10 @@ class ExpertTrainer:
         Raises:
             InputError: it cannot; what else would help.
         """
-        if self.splits[bucket] < clips and self.accelerator.num_processes == 1:
+        alone = engine_name(self.accelerator) == "single"
+        if self.splits[bucket] < clips and alone:
             return
-        why = "one clip at a time is still too much" if self.splits[bucket] >= clips else "processes must agree on it"
+        why = "one clip at a time is still too much" if alone else "the processes would have to agree on it"
         raise InputError(
             f"out of memory in {bucket}, {self.expert} expert; splitting the batch is no way out: {why}. "
             'Smaller buckets (data.buckets) or memory.checkpointing = "full" need less'
@@ -268,7 +267,7 @@ class ExpertTrainer:
     @contextmanager
     def exported_weights(self) -> Iterator[None]:
         """The weights that the adapter would have now: averaged ones where there are such."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.parallel.module
         averaged = averaged_weights(model, self.parameters, self.optimizer, self.average)
         with other_weights(model, averaged) if averaged else nullcontext():
             yield
@@ -276,7 +275,7 @@ class ExpertTrainer:
     @contextmanager
     def lora_off(self) -> Iterator[None]:
         """The base alone."""
-        model = self.accelerator.unwrap_model(self.model)
+        model: Any = self.parallel.module
         if self.state.taken:
             # What was taken out of the base makes it whole again.
             with other_weights(model, self.state.taken):
@@ -296,18 +295,13 @@ class ExpertTrainer:
 
     def global_batch_size(self, bucket: Bucket) -> int:
         """Clips of this bucket in one optimizer step."""
-        settings = self.config.train
-        micro = settings.batch_size
-        if settings.batch_tokens is not None:
-            micro = max(1, settings.batch_tokens // bucket.tokens)
-        return micro * settings.gradient_accumulation * self.accelerator.num_processes
+        return global_batch_size(self.config, bucket, self.accelerator.num_processes)
 
     def save_state(self) -> None:
         """Bring `state` up to date: weights and optimizer, copied to the CPU."""
-        model = self.accelerator.unwrap_model(self.model)
-        self.state.weights = lora_weights(model)
-        self.state.average = averaged_weights(model, self.parameters, self.optimizer, self.average)
-        self.state.optimizer = optimizer_state(self.optimizer)
+        self.state.weights = self.parallel.weights()
+        self.state.average = averaged_weights(self.parallel.module, self.parameters, self.optimizer, self.average)
+        self.state.optimizer = self.parallel.optimizer_state()
 
     def close(self) -> None:
         """Give the device's memory back; the state stays.
@@ -319,7 +313,7 @@ class ExpertTrainer:
         self.save_state()
         self.model = self.optimizer = self.average = None
         self.parameters = []
-        self.accelerator.free_memory()
+        self.parallel.close()
         unmoved = [name for name, value in self.start.items() if torch.equal(value, self.state.weights[name])]
         if self.state.step and unmoved:
             raise RuntimeError(

@@ -47,6 +47,7 @@ class Decoder:
         self.timeout_seconds = timeout_seconds
         self.memory_bytes = memory_bytes
         self._child: _Child | None = None
+        self._begun: _Child | None = None
         self._segments = SegmentPool()
         self._lock = threading.Lock()
 
@@ -58,15 +59,22 @@ class Decoder:
     ) -> None:
         self.close()
 
+    def begin(self) -> None:
+        """Start the child and do not wait for it: it imports its libraries while the caller does something else."""
+        with self._lock:
+            if self._child is None and self._begun is None:
+                self._begun = _Child(self.memory_bytes)
+
     def close(self) -> None:
         """End the child. A later call starts another one; frames that were read stay."""
         self._segments.clear()
         self._stop()
 
     def _stop(self) -> None:
-        child, self._child = self._child, None
-        if child is not None:
-            child.stop()
+        children, self._child, self._begun = (self._child, self._begun), None, None
+        for child in children:
+            if child is not None:
+                child.stop()
 
     @property
     def pid(self) -> int | None:
@@ -121,8 +129,7 @@ class Decoder:
         for attempt in (1, 2):
             try:
                 if self._child is None or not self._child.is_fit():
-                    self._stop()
-                    self._child = _Child(self.memory_bytes)
+                    self._child = self._start()
                 return self._child.ask(message, descriptor, self.timeout_seconds)
             except TimeoutError:
                 self._stop()
@@ -150,6 +157,15 @@ class Decoder:
                 self._stop()
                 raise
         raise AssertionError
+
+    def _start(self) -> "_Child":
+        begun = self._begun
+        if begun is None or not begun.is_fit():
+            self._stop()
+            begun = self._begun = _Child(self.memory_bytes)
+        begun.wait_until_ready()
+        self._begun = None
+        return begun
 
 
 class _Child:
@@ -179,6 +195,9 @@ class _Child:
                 process_group=0,
             )
         self._end = weakref.finalize(self, _end, self.process, self.socket, self.owner)
+
+    def wait_until_ready(self) -> None:
+        """Raises RuntimeError where it does not start."""
         try:
             receive(self.socket, START_SECONDS)
         except (EOFError, ConnectionError, TimeoutError) as error:

@@ -15,7 +15,7 @@ from .rows import CLIP_LISTS, TABLE_SUFFIXES
 from .shards import is_pattern, read_shards
 from .table import read_table
 
-__all__ = ["make_folder", "read_source"]
+__all__ = ["is_listed", "make_folder", "read_source"]
 
 
 def read_source(source: SourceConfig, spool: Path) -> Iterator[Item | Fault]:
@@ -43,6 +43,16 @@ def read_source(source: SourceConfig, spool: Path) -> Iterator[Item | Fault]:
         yield from read_table(path, source) if clip is None else read_embedded(path, clip, source, spool)
     else:
         raise InputError(f"data.sources: {path}: {_fault(path)}")
+
+
+def is_listed(source: SourceConfig) -> bool:
+    """Whether `read_source` takes names and captions alone, no media: then the items can be counted beforehand."""
+    path = source.path
+    if path is None or is_pattern(path) or path.suffix.lower() == ".tar":
+        return False
+    return not (path.is_dir() and is_saved(path)) and not (
+        path.is_file() and path.suffix.lower() == ".parquet" and embedded_column(path, source) is not None
+    )
 
 
 def _fault(path: Path) -> str:

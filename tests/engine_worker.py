@@ -1,0 +1,137 @@
+"""Processes that train what they are told, under any engine, on a CPU: imports are paid for once for many trainings.
+
+`torchrun --nproc-per-node 2 tests/engine_worker.py FOLDER` takes jobs from FOLDER until it finds `end` there.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+import weakref
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+
+from data.prefetching import Prefetcher
+from train.checkpoint import load_state, save_checkpoint
+from train.config import Config
+from train.engine import engine_name, make_accelerator
+from train.precompute import prepare_data
+from train.trainer import ExpertState, ExpertTrainer
+from wan_finetune.experts import base_folder
+
+LAUNCHERS_VARIABLES = ("ACCELERATE_", "FSDP_", "DEEPSPEED_")
+
+
+def let_engines_run_on_a_cpu() -> None:
+    """accelerate gives FSDP2 and DeepSpeed to GPUs alone; both run on a CPU, through gloo, when it is told so."""
+
+    def prepare_backend(self, cpu=False, sagemaker_dp=False, backend=None):
+        sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        return "gloo", DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
+
+    PartialState._prepare_backend = prepare_backend
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.ops
+
+        # It would spend two minutes on building an extension that lets processes of one machine share memory.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def start_anew(variables: dict[str, str]) -> None:
+    """The state in which a launcher that sets these variables would have started this process."""
+    for name in [name for name in os.environ if name.startswith(LAUNCHERS_VARIABLES)]:
+        del os.environ[name]
+    os.environ.update(variables)
+    forget_accelerator()
+
+
+def forget_accelerator() -> None:
+    """accelerate keeps one state a process, which no second configuration may change."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def spoil(trainer: ExpertTrainer, what: str) -> None:
+    """Make the second step of this process go wrong."""
+    load = trainer.load_step
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+
+    def load_step(step):
+        work = load(step)
+        if step == 1 and what == "latents":
+            work.micro_batches[-1].latents[0, 0, 0, 0, 0] = float("nan")
+        return work
+
+    trainer.prefetcher = Prefetcher(load_step)
+    if what == "gradient":
+        trained[0].register_hook(lambda gradient: gradient * float("inf") if trainer.state.step == 1 else gradient)
+
+
+def train_expert(
+    config: Config, expert: str, start: Path | None, steps: int, result: Path, spoiled: str = "", of_rank: int = 0
+) -> dict:
+    """Take some steps of one expert, from a checkpoint's folder or from nothing, and leave a checkpoint in `result`."""
+    accelerator = make_accelerator(config)
+    data = prepare_data(config, accelerator)
+    state = load_state(start / expert) if start is not None else ExpertState()
+    trainer = ExpertTrainer(config, expert, state, base_folder(config.model.base), data, accelerator)
+    if spoiled and accelerator.process_index == of_rank:
+        spoil(trainer, spoiled)
+    records, stopped = [], ""
+    try:
+        for _ in range(steps):
+            records.append(asdict(trainer.take_step()))
+            trainer.save_state()  # as before a checkpoint, which must move nothing
+    except FloatingPointError as error:
+        stopped = str(error)
+    dtypes = {name: str(parameter.dtype) for name, parameter in trainer.parallel.module.named_parameters()}
+    model = weakref.ref(trainer.parallel.module)
+    trainer.close()
+    if accelerator.is_main_process:
+        save_checkpoint(result, {expert: state}, "fingerprint", keep=2)
+    accelerator.wait_for_everyone()
+    return {
+        "engine": engine_name(accelerator),
+        "processes": accelerator.num_processes,
+        "losses": [record["loss"] for record in records],
+        "norms": [record["gradient_norm"] for record in records],
+        "rates": [record["learning_rate"] for record in records],
+        "stopped": stopped,
+        "dtypes": dtypes,
+        "freed": model() is None or not any(p.numel() + p.ds_tensor.numel() for p in model().parameters()),
+    }
+
+
+def serve(folder: Path) -> None:
+    """Do one job after the other; what each gave, or its traceback, is written beside it."""
+    number, rank = 0, os.environ["RANK"]
+    while True:
+        job_file = folder / f"job-{number}.json"
+        while not job_file.exists():
+            if (folder / "end").exists():
+                return
+            time.sleep(0.05)
+        job = json.loads(job_file.read_text())
+        try:
+            start_anew(job["variables"])
+            let_engines_run_on_a_cpu()
+            start = Path(job["start"]) if job["start"] else None
+            config = Config.model_validate(job["config"])
+            outcome = train_expert(config, job["expert"], start, job["steps"], Path(job["result"]), job["spoiled"], 1)
+        except BaseException:
+            outcome = {"error": traceback.format_exc()}
+        partial = folder / f"partial-{number}-{rank}"
+        partial.write_text(json.dumps(outcome))
+        partial.rename(folder / f"done-{number}-{rank}.json")
+        number += 1
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    serve(Path(sys.argv[1]))
