@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.test_adapters import trained
 from wan_finetune.cli import main
@@ -71,7 +72,21 @@ def test_inspect_says_what_a_file_is(adapter_folder, capsys):
         assert main(["inspect", str(file)]) == 0
         said = dict(line.strip().split("  ", 1) for line in capsys.readouterr().out.splitlines())
         assert (said["format"], said["expert"], said["rank"], said["alpha"]) == (kind, "low noise", "4", "7")
-        assert said["modules"].startswith("20 (")
+        assert said["modules"].startswith("20 (") and said["kind"] == "LoRA"
+
+
+def test_inspect_takes_another_tools_file_and_tells_the_kinds_of_lora_apart(tiny_base, tmp_path, capsys):
+    plain = trained(tiny_base, LOW)
+    rslora = replace(plain, rslora=True, targets=tuple(plain.modules))
+    write_adapter_folder(tmp_path, [rslora], with_comfyui=False)
+    assert main(["inspect", str(tmp_path / LOW.file_name)]) == 0
+    said = capsys.readouterr().out
+    assert "kind  rsLoRA" in said and "..." in said
+    save_file({f"transformer.{name}": value for name, value in plain.weights.items()}, tmp_path / "other.safetensors")
+    assert main(["inspect", str(tmp_path / "other.safetensors")]) == 2
+    assert "does not say of which expert it is" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "other.safetensors"), "--expert", "low"]) == 0
+    assert "low noise" in capsys.readouterr().out
 
 
 def test_export_writes_the_same_adapter_in_another_format(adapter_folder, tmp_path):
@@ -93,7 +108,7 @@ def test_pair_joins_two_runs_into_one_folder(tiny_base, tmp_path, capsys):
     assert main(["pair", str(tmp_path / "first"), str(low_file), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "the high-noise expert: rank 4, alpha 7, 20 modules; base tiny, trigger ember, steps not said" in said
-    assert "the low-noise expert: rank 8" in said
+    assert "the low-noise expert: rank 8" in said and f"; from {low_file}\n" in said
     assert "warning: they were previewed with sampling_shift 5.0 and 7.0" in said
     for adapter in (high, low):
         name = {"high": HIGH, "low": LOW}[adapter.expert].file_name

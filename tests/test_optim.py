@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from train.averaging import averaged_weights, make_average, require_whole_weights
+from train.config import Config
 from train.expert_settings import OPTIMIZERS, ExpertSettings, OptimizerSettings
 from train.optim import CLASSES, learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from train.optimizer_state import flatten_optimizer, unflatten_optimizer
@@ -22,6 +24,9 @@ from wan_finetune.adapters import inject_lora, lora_weights, set_lora_weights
 from wan_finetune.errors import InputError
 from wan_finetune.experts import HIGH, load_expert
 from wan_finetune.lora import LoraSettings
+from wan_finetune.settings import load_settings
+
+ROOT = Path(__file__).parent.parent
 
 IN, RANK, OUT, STEPS = 1024, 8, 640, 8
 """Weights of more than 4096 numbers: smaller ones bitsandbytes keeps in 32 bits."""
@@ -179,6 +184,7 @@ def test_lora_plus_multiplies_the_rate_of_lora_b_alone():
         ({"name": "muon", "betas": (0.9, 0.9)}, "optimizer.betas: muon takes no such argument; it takes .*momentum"),
         ({"name": "adamw", "arguments": {"momentun": 1}}, "optimizer.momentun: adamw takes no such argument"),
         ({"name": "adamw", "arguments": {"amsgrad": True, "betas": [2, 2]}}, "adamw refuses them: Invalid beta"),
+        ({"name": "adamw", "arguments": {"lr": 1}}, "lr is not set here; the rate is each expert's learning_rate"),
         ({"name": "torch.optim:AdamZ"}, "cannot be had: there is no AdamZ in torch.optim"),
         ({"name": "no_such_package:Lion"}, "cannot be had: there is no Lion in no_such_package"),
     ],
@@ -224,6 +230,23 @@ def test_a_rate_of_one_is_for_optimizers_that_find_their_own():
         ExpertSettings(
             steps=1, learning_rate=0.1, optimizer=OptimizerSettings(name="muon"), lora=LoraSettings(dora=True)
         )
+
+
+def test_tables_in_tables_survive_being_written_down_and_one_expert_may_have_others(tmp_path):
+    changes = [
+        "lora.rank_pattern={'ffn.net.2'=2, 're:blocks\\.0\\..*to_q'=3}",
+        "lora.start_from='runs/earlier'",
+        "high.lora.rank_pattern={'ffn.net.2'=5}",
+        "optimizer.name='torch.optim:RAdam'",
+        "optimizer.arguments={decoupled_weight_decay=true, betas=[0.5, 0.9]}",
+        "low.optimizer.arguments={}",
+    ]
+    config = load_settings(Config, ROOT / "configs" / "pocket.toml", changes)
+    assert config.expert("high").lora.rank_pattern == {"ffn.net.2": 5}
+    assert config.expert("low").lora.rank_pattern == {"ffn.net.2": 2, r"re:blocks\.0\..*to_q": 3}
+    assert config.expert("low").optimizer.arguments == {} != config.expert("high").optimizer.arguments
+    (tmp_path / "c.toml").write_text(tomli_w.dumps(config.resolved()))
+    assert load_settings(Config, tmp_path / "c.toml", []) == config
 
 
 SCHEDULES = ["constant", "linear", "cosine", "cosine_restarts", "polynomial"]
@@ -344,10 +367,19 @@ def test_schedule_free_weights_are_exported_averaged_and_left_as_they_were(exper
     )
 
 
-@pytest.mark.parametrize("settings", [{"ema_decay": 0.9}, {"name": "schedulefree"}])
-def test_averages_are_refused_where_no_process_has_whole_weights(settings):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": OptimizerSettings(ema_decay=0.9)},
+        {"optimizer": OptimizerSettings(name="schedulefree")},
+        {"lora": LoraSettings(initialisation="olora")},
+    ],
+    ids=["average", "schedulefree", "olora"],
+)
+def test_what_needs_whole_weights_is_refused_where_no_process_has_them(settings):
+    common = {"steps": 1, "learning_rate": 1e-3}
     for engine in ("FSDP", "DEEPSPEED"):
         with pytest.raises(InputError, match=f"needs whole weights in each process: train with DDP, not {engine}"):
-            require_whole_weights(OptimizerSettings(**settings), engine)
-    require_whole_weights(OptimizerSettings(**settings), "MULTI_GPU")
-    require_whole_weights(OptimizerSettings(), "FSDP")
+            require_whole_weights(ExpertSettings(**common, **settings), engine)
+    require_whole_weights(ExpertSettings(**common, **settings), "MULTI_GPU")
+    require_whole_weights(ExpertSettings(**common), "FSDP")

@@ -1,6 +1,7 @@
 """The weights that an expert is exported with, where they are not those that it trains on."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -8,8 +9,9 @@ from torch.nn import Parameter
 
 from wan_finetune.adapters import lora_weights, set_lora_weights
 from wan_finetune.errors import InputError
+from wan_finetune.lora import TAKES_FROM_BASE
 
-from .expert_settings import OptimizerSettings
+from .expert_settings import ExpertSettings
 from .optim import averages_itself, switch
 
 if TYPE_CHECKING:
@@ -17,15 +19,32 @@ if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
 
-def require_whole_weights(settings: OptimizerSettings, distributed_type: str) -> None:
-    """Averages are taken of whole weights, which sharding engines do not have.
+def require_whole_weights(settings: ExpertSettings, distributed_type: str) -> None:
+    """Some settings put weights aside and back, which sharding engines do not have whole.
 
     Raises:
         InputError: when the two meet.
     """
-    if distributed_type in ("FSDP", "DEEPSPEED") and (settings.ema_decay or settings.name == "schedulefree"):
-        key = "ema_decay" if settings.ema_decay else 'name = "schedulefree"'
-        raise InputError(f"optimizer.{key} needs whole weights in each process: train with DDP, not {distributed_type}")
+    if distributed_type not in ("FSDP", "DEEPSPEED"):
+        return
+    needing = {
+        "optimizer.ema_decay": settings.optimizer.ema_decay > 0,
+        'optimizer.name = "schedulefree"': settings.optimizer.name == "schedulefree",
+        f'lora.initialisation = "{settings.lora.initialisation}"': settings.lora.initialisation in TAKES_FROM_BASE,
+    }
+    if key := next((key for key, is_set in needing.items() if is_set), None):
+        raise InputError(f"{key} needs whole weights in each process: train with DDP, not {distributed_type}")
+
+
+@contextmanager
+def other_weights(model: "WanTransformer3DModel", weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """These LoRA weights for the length of a block, and then those that were there."""
+    kept = lora_weights(model)
+    set_lora_weights(model, weights)
+    try:
+        yield
+    finally:
+        set_lora_weights(model, kept)
 
 
 def make_average(

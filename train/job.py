@@ -16,6 +16,7 @@ from wan_finetune.adapters import Adapter, as_adapter
 from wan_finetune.evaluation.compare import load_judge
 from wan_finetune.experts import EXPERTS, ExpertName, base_folder
 from wan_finetune.export import verify_adapter_folder, write_adapter_folder
+from wan_finetune.lora_start import require_start
 from wan_finetune.quiet import quiet_libraries
 
 from . import showcase
@@ -24,6 +25,7 @@ from .checkpoint import resume, save_checkpoint, sole_writer
 from .config import Config
 from .engine import engine_name, home_device, make_accelerator
 from .identity import identity_of
+from .optim import find_class
 from .panel import Figures
 from .precompute import prepare_data
 from .previews import Previews
@@ -53,6 +55,11 @@ def run(config: Config, stop: StopRequest) -> None:
         say(f"this run is complete: {folder / 'report.html'}. Give another run.name to train again.")
         return
     load_judge(config.evaluation.content)
+    for name in config.steps():
+        find_class(config.expert(name).optimizer.name)
+        # A run that goes on has its weights from a checkpoint.
+        if not (folder / "checkpoints").is_dir():
+            require_start(config.expert(name).lora, name)
     data = prepare_data(config, accelerator)
     metrics = Metrics(config, accelerator)
     with sole_writer(folder / "checkpoints") if accelerator.is_main_process else nullcontext():

@@ -60,6 +60,8 @@ def make_optimizer(
         arguments["weight_decay"] = settings.weight_decay
     given = {"betas": settings.betas, "eps": settings.eps}
     given = {name: value for name, value in given.items() if value is not None} | settings.arguments
+    if taken := sorted({"params", "lr"} & settings.arguments.keys()):
+        raise InputError(f"optimizer.arguments: {taken[0]} is not set here; the rate is each expert's learning_rate")
     if unknown := sorted(name for name in given if name not in accepted and not open_ended):
         known = ", ".join(name for name in accepted if name not in ("self", "params", "lr"))
         raise InputError(f"optimizer.{unknown[0]}: {settings.name} takes no such argument; it takes {known}")
@@ -88,8 +90,8 @@ def find_class(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), class_name)
     except (ImportError, AttributeError) as error:
-        remedy = f'pip install "{package}"' if package else f"there is no {class_name} in {module} ({error})"
-        raise InputError(f'optimizer.name = "{name}" cannot be had: {remedy}') from None
+        remedy = f'pip install "{package}"' if package else f"there is no {class_name} in {module}"
+        raise InputError(f'optimizer.name = "{name}" cannot be had: {remedy} ({error})') from None
 
 
 def parameter_groups(parameters: Iterable[tuple[str, Parameter]], settings: OptimizerSettings) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from wan_finetune.memory.fitting import Fitting
 from wan_finetune.memory.levers import is_out_of_memory, next_lever
 from wan_finetune.memory.residence import BaseExperts
 
-from .averaging import averaged_weights, make_average, require_whole_weights
+from .averaging import averaged_weights, make_average, other_weights, require_whole_weights
 from .config import Config
 from .engine import engine_name, home_device
 from .identity import global_batch_size
@@ -130,7 +130,7 @@ class ExpertTrainer:
         )
         model.train()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        require_whole_weights(self.settings.optimizer, accelerator.distributed_type.value)
+        require_whole_weights(self.settings, accelerator.distributed_type.value)
         self.start = {} if state.weights else lora_b(lora_weights(model))
         optimizer = make_optimizer(named, self.settings.optimizer, self.settings.learning_rate)
         clip, decay = self.settings.optimizer.gradient_clip, self.settings.optimizer.ema_decay
@@ -278,20 +278,18 @@ class ExpertTrainer:
         """The weights that the adapter would have now: averaged ones where there are such."""
         model = self.parallel.module
         averaged = averaged_weights(model, self.parameters, self.optimizer, self.average)
-        if not averaged:
+        with other_weights(model, averaged) if averaged else nullcontext():
             yield
-            return
-        weights = lora_weights(model)
-        set_lora_weights(model, averaged)
-        try:
-            yield
-        finally:
-            set_lora_weights(model, weights)
 
     @contextmanager
     def lora_off(self) -> Iterator[None]:
         """The base alone."""
         model: Any = self.parallel.module
+        if self.state.taken:
+            # What was taken out of the base makes it whole again.
+            with other_weights(model, self.state.taken):
+                yield
+            return
         model.disable_lora()
         try:
             yield

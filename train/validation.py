@@ -93,7 +93,7 @@ class Validation:
                 base = level_losses(trainer, clips, sigmas).tolist()
         with trainer.exported_weights():
             losses = level_losses(trainer, clips, sigmas).tolist()
-            effect = effect_size(trainer.parallel.module)
+            effect = effect_size(trainer.parallel.module, trainer.state.taken)
         levels = tuple(
             LevelLoss(sigma=sigma, loss=loss, base_loss=off)
             for sigma, loss, off in zip(sigmas.tolist(), losses, base, strict=True)

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from .errors import InputError
 
+MOST_TARGETS = 12
+"""Targets that `inspect` names."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 when it is done, 2 for bad input."""
@@ -53,6 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
     exporting.set_defaults(command=export_command)
     inspecting = commands.add_parser("inspect", help="say what an adapter file is")
     inspecting.add_argument("file", type=Path)
+    inspecting.add_argument(
+        "--expert", choices=["high", "low", "single"], help="of a file that does not say whose it is"
+    )
     inspecting.set_defaults(command=inspect_command)
     return parser
 
@@ -109,7 +115,8 @@ def pair_command(arguments: argparse.Namespace) -> None:
 
     for path in pair(arguments.high, arguments.low, arguments.out):
         print(path)
-    print(what_went_in(arguments.out))
+    for line in what_went_in(arguments.out, [arguments.high, arguments.low]):
+        print(line)
 
 
 def export_command(arguments: argparse.Namespace) -> None:
@@ -129,19 +136,20 @@ def inspect_command(arguments: argparse.Namespace) -> None:
     from .adapters import update_norms
     from .formats.reading import format_of, read_file
 
-    adapter = read_file(arguments.file)
+    adapter = read_file(arguments.file, arguments.expert)
     norms = update_norms(adapter)
     strongest = max(norms, key=lambda name: norms[name])
     kind = [name for name, is_so in {"DoRA": adapter.dora, "rsLoRA": adapter.rslora}.items() if is_so]
     ranks = sorted({adapter.rank, *adapter.ranks.values()})
     alphas = sorted({adapter.alpha, *adapter.alphas.values()})
+    targets = [*adapter.targets[:MOST_TARGETS], *(["..."] if len(adapter.targets) > MOST_TARGETS else [])]
     facts = {
         "format": format_of(arguments.file),
         "kind": ", ".join(kind) or "LoRA",
         "expert": "single" if adapter.expert == "single" else f"{adapter.expert} noise",
         "rank": ", ".join(f"{rank}" for rank in ranks),
         "alpha": ", ".join(f"{alpha:g}" for alpha in alphas),
-        "modules": f"{len(norms)} ({', '.join(adapter.targets)})",
+        "modules": f"{len(norms)} ({', '.join(targets)})",
         "update norm": f"{min(norms.values()):.3g} to {norms[strongest]:.3g} ({strongest})",
         **adapter.about,
     }

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 DEQUANTISED_BY_PEFT = ("Params4bit", "Int8Params")
+MOST_TARGETS = 12
+"""Names in a message."""
 PISSA = "pissa_niter_16"
 """PEFT's fast decomposition: the full one of an expert's 400 matrices takes hours."""
 
@@ -118,6 +120,21 @@ def take_out(model: "WanTransformer3DModel", taken: Mapping[str, Tensor]) -> Non
         weight.data = (weight.data.float() - layer.scaling[ADAPTER] * b @ a).to(weight.dtype)
 
 
+def require_start(settings: LoraSettings, expert: ExpertName) -> None:
+    """Whether there is the adapter to start from, told before anything is prepared.
+
+    Raises:
+        InputError: it is missing, damaged, or another expert's.
+    """
+    from .formats.reading import read_expert
+
+    if settings.start_from is not None:
+        try:
+            read_expert(settings.start_from, expert)
+        except InputError as error:
+            raise InputError(f"lora.start_from: {error}") from None
+
+
 def weights_of(
     source: Path, settings: LoraSettings, plan: Mapping[str, tuple[int, float]], expert: ExpertName
 ) -> dict[str, Tensor]:
@@ -135,9 +152,8 @@ def weights_of(
         raise InputError(f"{where} is {kind}; set lora.dora = {str(adapter.dora).lower()}")
     if odd := sorted(set(adapter.modules) ^ set(plan)):
         has = "has no" if odd[0] in plan else "also has"
-        raise InputError(
-            f"{where} {has} {odd[0]} ({len(odd)} modules differ); set lora.targets to {', '.join(adapter.targets)}"
-        )
+        targets = ", ".join(adapter.targets) if len(adapter.targets) <= MOST_TARGETS else "its modules"
+        raise InputError(f"{where} {has} {odd[0]} ({len(odd)} modules differ); set lora.targets to {targets}")
     for module, (rank, _) in plan.items():
         found = adapter.ranks.get(module, adapter.rank)
         if found != rank:

@@ -1,5 +1,6 @@
 """Two runs, one of each expert, become one adapter folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .adapters import Adapter
@@ -51,15 +52,15 @@ def module_sizes(adapter: Adapter) -> dict[str, tuple[int, int]]:
     }
 
 
-def what_went_in(folder: Path) -> str:
+def what_went_in(folder: Path, sources: Sequence[Path]) -> list[str]:
     """One line an adapter, and a warning where they were made to be sampled differently."""
     adapters = read_adapters(folder)
-    lines = [describe(adapter) for adapter in adapters]
+    lines = [f"{describe(adapter)}; from {source}" for adapter, source in zip(adapters, sources, strict=True)]
     for fact in SAMPLED_WITH:
         values = [adapter.about.get(fact) for adapter in adapters]
         if len({value for value in values if value is not None}) > 1:
             lines.append(f"warning: they were previewed with {fact} {' and '.join(map(str, values))}")
-    return "\n".join(lines)
+    return lines
 
 
 def describe(adapter: Adapter) -> str:
