@@ -30,6 +30,7 @@ from .previews import Previews
 from .recommendation import Candidate, recommend
 from .rounds import Stretch, stretches
 from .signals import Stopped, StopRequest
+from .supported import require_support
 from .terminal import progress_bar, say
 from .tracking import Metrics
 from .trainer import ExpertState, ExpertTrainer, make_bases
@@ -46,6 +47,7 @@ def run(config: Config, stop: StopRequest) -> None:
     """
     base = base_folder(config.model.base, [EXPERTS[name].component for name in config.steps()], config.model.revision)
     accelerator = make_accelerator(config)
+    require_support(config, accelerator)
     quiet_libraries()
     set_seed(config.run.seed)
     folder = config.run_folder
@@ -214,6 +216,7 @@ def training_fingerprint(config: Config, data: TrainingData) -> str:
         if config.expert(name).optimizer.schedule == "constant":
             del settings[name]["steps"]
     settings["seed"] = config.run.seed
+    settings["quantization"] = config.memory.quantization
     settings["caption_dropout"] = config.data.caption_dropout
     settings["sources"] = [
         [source.repeats, source.weight, source.loss_weight, source.experts] for source in config.data.sources
