@@ -535,6 +535,8 @@ def test_a_kept_expert_trains_on_as_one_that_was_loaded_anew(base, kind):
 def test_the_next_expert_is_read_meanwhile_and_is_the_same(base):
     experts = BaseExperts(base, MemorySettings(), torch.bfloat16, CPU)
     plain = experts.take("low").state_dict()
+    assert not experts.is_time_for("low", 0.0), "what is in use is not read again"
+    experts.release("low")
     assert experts.is_time_for("low", 0.0) and not experts.is_time_for("low", 3600.0)
     experts.prepare_next("low")
     reading = experts.reading[1]

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from tests.tiny_runs import same, train
+from train.job import run
+from train.signals import StopRequest
+from wan_finetune.errors import InputError
 from wan_finetune.memory.residence import BaseExperts
 
 
@@ -43,3 +46,19 @@ def test_a_packed_base_trains_in_rounds_and_says_another_thing_than_the_plain_on
     plain = train(make_config("run.name='plain'", *overrides[:2]))
     assert same(once["low"], again["low"]) and not same(once["low"], plain["low"])
     assert all(torch.isfinite(value).all() for value in once["low"].weights.values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["memory.quantization='int8'", "memory.stream_blocks=2"], "memory.stream_blocks with memory.quantization"),
+        (["memory.quantization='fp8'", "lora.dora=true"], "lora.dora with memory.quantization"),
+        (["memory.resident='both'", "low.lora={initialisation='pissa'}"], "the second stretch"),
+        (["model.dtype='bfloat16'"], "inputs in fp32 would meet weights in bf16"),
+    ],
+)
+def test_a_run_that_would_go_wrong_stops_before_any_work(make_config, overrides, says):
+    config = make_config("memory.checkpointing='full'", *overrides)
+    with pytest.raises(InputError, match=says):
+        run(config, StopRequest())
+    assert not config.run_folder.exists()

@@ -32,6 +32,7 @@ from .previews import Previews
 from .recommendation import Candidate, recommend
 from .rounds import Stretch, stretches
 from .signals import Stopped, StopRequest
+from .supported import require_support
 from .terminal import progress_bar, say
 from .tracking import Metrics
 from .trainer import ExpertState, ExpertTrainer, make_bases
@@ -48,6 +49,7 @@ def run(config: Config, stop: StopRequest) -> None:
     """
     base = base_folder(config.model.base, [EXPERTS[name].component for name in config.steps()], config.model.revision)
     accelerator = make_accelerator(config)
+    require_support(config, accelerator)
     quiet_libraries()
     set_seed(config.run.seed)
     folder = config.run_folder

@@ -70,6 +70,9 @@ def prepare_data(config: Config, accelerator: Accelerator) -> TrainingData:
             say(f"{survey.used} clips, {len(survey.faults)} left out{short}; a line for each in {report}")
         samples = SampleTable(from_main_process(survey))
     held_out = hold_out(samples, config.data, config.validation.clips if config.validation.every_steps else 0)
+    if held_out.any() and accelerator.is_main_process:
+        names = sorted({samples[int(index)].clip for index in held_out.nonzero()[0]})
+        say(f"kept from training, for the held-out loss (validation.clips): {', '.join(names)}")
     return TrainingData(samples, cache, config.data, text_fingerprint=text_fingerprint, held_out=held_out)
 
 
