@@ -61,7 +61,10 @@ def forget_accelerator() -> None:
 def spoil(trainer: ExpertTrainer, what: str) -> None:
     """Make the second step of this process go wrong."""
     load = trainer.load_step
-    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+
+    def poison(module, inputs, output):
+        if trainer.state.step == 1:
+            output.register_hook(lambda gradient: gradient * float("inf"))
 
     def load_step(step):
         work = load(step)
@@ -71,7 +74,8 @@ def spoil(trainer: ExpertTrainer, what: str) -> None:
 
     trainer.prefetcher = Prefetcher(load_step)
     if what == "gradient":
-        trained[0].register_hook(lambda gradient: gradient * float("inf") if trainer.state.step == 1 else gradient)
+        modules = trainer.parallel.module.named_modules()
+        next(module for name, module in modules if name.endswith("lora_B.default")).register_forward_hook(poison)
 
 
 def held_share(model: torch.nn.Module) -> float:

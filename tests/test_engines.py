@@ -236,7 +236,6 @@ def test_accumulation_and_processes_leave_the_batch_and_the_learning_rate_as_the
     assert largest_difference(trained.state, reference.state) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_goes_on_in_two_processes_and_again_in_one(pair, alone, make_config, reference, engine):
     one, two = make_config(*ONE), make_config(*TWO)
