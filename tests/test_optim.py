@@ -18,6 +18,7 @@ from torch import nn
 from train.averaging import averaged_weights, make_average, require_whole_weights
 from train.config import Config
 from train.expert_settings import OPTIMIZERS, ExpertSettings, OptimizerSettings
+from train.identity import Identity, flatten, require_same_run
 from train.optim import CLASSES, learning_rate, load_optimizer_state, make_optimizer, optimizer_state, set_rate
 from train.optimizer_state import flatten_optimizer, unflatten_optimizer
 from wan_finetune.adapters import inject_lora, lora_weights, set_lora_weights
@@ -247,6 +248,28 @@ def test_tables_in_tables_survive_being_written_down_and_one_expert_may_have_oth
     assert config.expert("low").optimizer.arguments == {} != config.expert("high").optimizer.arguments
     (tmp_path / "c.toml").write_text(tomli_w.dumps(config.resolved()))
     assert load_settings(Config, tmp_path / "c.toml", []) == config
+
+
+def test_a_run_does_not_go_on_with_other_patterns_or_arguments(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text((ROOT / "configs" / "pocket.toml").read_text().replace("alpha = 8\n", "\n"))
+    pattern = "lora.rank_pattern={'ffn.net.2'=2}"
+
+    def identity(*changes: str) -> Identity:
+        config = load_settings(Config, path, list(changes))
+        return Identity(values=flatten(config), samples=torch.zeros(1))
+
+    # Without alpha each module's is its own rank: with a pattern that is another adapter than alpha = rank.
+    for before, after, key in (
+        ((pattern,), (), r"high\.lora\.rank_pattern"),
+        ((), (pattern,), r"high\.lora\.rank_pattern"),
+        ((pattern,), ("lora.rank_pattern={'ffn.net.2'=3}",), r"high\.lora\.rank_pattern"),
+        ((pattern,), (pattern, "lora.alpha=8"), r"high\.lora\.alpha"),
+        (("optimizer.arguments={amsgrad=true}",), (), r"high\.optimizer\.arguments"),
+    ):
+        with pytest.raises(InputError, match=key):
+            require_same_run(identity(*before), identity(*after), {"high": 2, "low": 2}, "here")
+    assert require_same_run(identity(), identity("lora.alpha=8"), {"high": 2, "low": 2}, "here") == []
 
 
 SCHEDULES = ["constant", "linear", "cosine", "cosine_restarts", "polynomial"]

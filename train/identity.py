@@ -150,7 +150,10 @@ def flatten(config: Config) -> dict[str, Any]:
     tables = config.model_dump(mode="json")
     for name in EXPERTS:
         if tables[name] is not None and name in config.train.experts:
-            tables[name]["lora"]["alpha"] = config.expert(name).lora.scale_alpha
+            lora = config.expert(name).lora
+            # Left out it is each module's own rank, which patterns make different ones.
+            if not lora.rank_pattern:
+                tables[name]["lora"]["alpha"] = lora.scale_alpha
         else:
             del tables[name]
     for source in tables["data"]["sources"]:
