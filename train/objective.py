@@ -100,12 +100,12 @@ def draw(
     with the step. Same distribution, less variance, whatever the number of processes.
     """
     slices = torch.randperm(global_batch, generator=torch_rng(seed, expert, "strata", step))
-    uniform, noise = [], []
-    for position in positions:
-        inside = torch.rand((), generator=torch_rng(seed, expert, "sigma", step, position))
-        uniform.append((slices[position] + inside) / global_batch)
-        noise.append(torch.randn(shape, generator=torch_rng(seed, expert, "noise", step, position)))
-    return Draws(sigma=levels(torch.stack(uniform)), noise=torch.stack(noise))
+    inside, noise = torch.empty(len(positions)), torch.empty(len(positions), *shape)
+    for place, position in enumerate(positions):
+        torch.rand((), generator=torch_rng(seed, expert, "sigma", step, position), out=inside[place])
+        torch.randn(shape, generator=torch_rng(seed, expert, "noise", step, position), out=noise[place])
+    uniform = (slices[positions.start : positions.stop] + inside) / global_batch
+    return Draws(sigma=levels(uniform), noise=noise)
 
 
 def flow_matching_error(

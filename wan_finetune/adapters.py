@@ -86,7 +86,8 @@ class Adapter:
                 raise InputError(f"{source}: {name} is {value.dtype} {tuple(value.shape)}, not a matrix of floats")
             if any(f"{module}.lora_{other}" not in self.weights for other in parts):
                 raise InputError(f"{source}: {name} stands without its other half")
-            if not torch.isfinite(value).all():
+            # One pass over the values: NaN is both ends of its tensor, infinity one of them.
+            if not torch.isfinite(torch.stack(torch.aminmax(value))).all():
                 raise InputError(f"{source}: {name} has values that are not finite")
             rank = value.shape[0] if part == "A.weight" else value.shape[-1]
             if part != "magnitude_vector" and (rank != self.ranks.get(module, self.rank) or rank > MAX_RANK):
