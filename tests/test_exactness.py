@@ -230,7 +230,7 @@ def test_another_split_of_the_global_batch_moves_a_loss_by_a_millionth_at_most(m
 WATCHING = {
     "no checkpoint but at the ends": ["train.checkpoint_every_steps=100"],
     "previews with other prompts, seeds and steps": ["sampling.seeds=[1, 2]", "sampling.steps=3"],
-    "held-out losses": ["validation.every_steps=1", "validation.clips=1"],
+    "held-out losses": ["validation.every_steps=1"],
     "other evaluation": ["evaluation.prompts=['A red circle moves up in a desert.']", "evaluation.seeds=[7, 8]"],
     "one expert after the other": ["train.order='sequence'"],
     "short rounds": ["train.round_steps=1"],
@@ -238,13 +238,16 @@ WATCHING = {
 }
 
 
-def test_nothing_that_is_watched_or_saved_moves_the_training(make_config, whole):
+def test_nothing_that_is_watched_or_saved_moves_the_training(make_config):
+    # Held-out clips are no training clips, however often they are looked at: here as well.
+    plain = make_config("run.name='plain'", *MANY_CHECKPOINTS, "validation.every_steps=100")
+    finish(plain)
     for number, (what, overrides) in enumerate(WATCHING.items()):
         config = make_config(f"run.name='watched-{number}'", "train.checkpoint_every_steps=3", *overrides)
         # The whole job: previews in the middle of training, evaluation and export at its end.
         finish(config, Fault(whole_job=number < 4))
-        assert result(config) == whole[1], what
-        assert losses(config) == losses(whole[0]), what
+        assert result(config) == result(plain), what
+        assert losses(config) == losses(plain), what
 
 
 # --- not finite ------------------------------------------------------------------------------------------------------
@@ -312,4 +315,5 @@ def test_two_thousand_steps_and_a_hundred_checkpoints_hold_on_to_nothing(make_co
     assert len(resident) == 100
     # The first tenth fills allocators and caches that stay.
     assert max(resident[10:]) - resident[10] <= 8 << 20
-    assert set(descriptors) == {descriptors[0]} and set(threads) == {threads[0]}
+    # The last checkpoint is written when the thread that reads ahead is gone.
+    assert set(descriptors) == {descriptors[0]} and set(threads[:-1]) == {threads[0]} and threads[-1] <= threads[0]
