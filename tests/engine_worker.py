@@ -20,6 +20,7 @@ from data.prefetching import Prefetcher
 from train.checkpoint import load_state, save_checkpoint
 from train.config import Config
 from train.engine import engine_name, make_accelerator
+from train.identity import identity_of
 from train.precompute import prepare_data
 from train.trainer import ExpertState, ExpertTrainer
 from wan_finetune.experts import base_folder
@@ -101,7 +102,8 @@ def train_expert(
     accelerator = make_accelerator(config)
     data = prepare_data(config, accelerator)
     state = load_state(start / expert) if start is not None else ExpertState()
-    trainer = ExpertTrainer(config, expert, state, base_folder(config.model.base), data, accelerator)
+    base = base_folder(config.model.base)
+    trainer = ExpertTrainer(config, expert, state, base, data, accelerator)
     if spoiled and accelerator.process_index == of_rank:
         spoil(trainer, spoiled)
     records, stopped = [], ""
@@ -116,7 +118,8 @@ def train_expert(
     model = weakref.ref(trainer.parallel.module)
     trainer.close()
     if accelerator.is_main_process:
-        save_checkpoint(result, {expert: state}, "fingerprint", keep=2)
+        identity = identity_of(config, base, data, accelerator.num_processes)
+        save_checkpoint(result, {expert: state}, identity, keep=2)
     accelerator.wait_for_everyone()
     return {
         "engine": engine_name(accelerator),

@@ -30,7 +30,7 @@ WRITING = (
 PHASES = {
     "the configuration is read": ("train.__main__", "load_settings"),
     "clips are encoded": ("data.filling", "Cache.write"),
-    "an expert is loaded": ("train.trainer", "load_expert"),
+    "an expert is loaded": ("wan_finetune.memory.residence", "load_base"),
     "a step is taken": ("train.trainer", "ExpertTrainer.backward"),
     "a checkpoint is written": ("train.checkpoint", "write_checkpoint"),
     "a preview is made": ("train.previews", "make_clips"),
