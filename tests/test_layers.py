@@ -102,7 +102,13 @@ def test_nothing_is_left_for_later():
 
 @pytest.mark.parametrize(
     "modules",
-    ["wan_finetune, wan_finetune.settings", "wan_finetune.cli"],
+    [
+        "wan_finetune, wan_finetune.settings",
+        "wan_finetune.cli",
+        "train.config",
+        "train.plan, train.plan_view",
+        "data.check",
+    ],
 )
 def test_what_answers_at_once_imports_nothing_heavy(modules):
     # torch takes 2 s to import, peft and diffusers' Wan classes about 10 s each: --help waits for none.

@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -188,6 +189,17 @@ def test_a_curve_stays_inside_its_axes_and_a_constant_one_is_drawn():
         points = [p.split(",") for line in svg.split('points="')[1:] for p in line.split('"')[0].split()]
         assert all(0 <= float(x) <= 520 and 0 <= float(y) <= 260 for x, y in points)
     assert chart("low noise", [5], [0.1], 0) == ""
+
+
+def test_the_held_out_loss_is_drawn_where_its_step_and_value_are():
+    svg = chart(
+        "high noise", list(range(1, 101)), [0.5] * 50 + [0.1] * 50, 0, [(0, 9.0), (1, 0.5), (50, 0.3), (100, 0.1)]
+    )
+    held = re.search(r'class="held" points="([^"]*)"', svg)[1].split()
+    mean = re.search(r'class="mean" points="([^"]*)"', svg)[1].split()
+    assert len(held) == 3 and "clips that training never sees" in svg  # not the one before the first step
+    assert held[0] == mean[0] and held[2] == mean[-1]
+    assert "never sees" not in chart("high noise", [1, 2], [0.5, 0.4], 0)
 
 
 def test_a_report_of_nothing_is_a_page(tmp_path):

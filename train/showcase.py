@@ -19,6 +19,7 @@ from wan_finetune.pipeline import load_pipeline
 from wan_finetune.sampling import Request, sample, write_clips
 
 from .config import Config
+from .records import JsonLines
 from .terminal import progress_bar, say
 from .tracking import Metrics
 
@@ -117,7 +118,17 @@ def make_report(
         for p in panels
         if (midway_folder(config) / p.adapter.name).is_file()
     ]
-    curves = [Curve(expert=name, steps=s, loss=loss) for name in config.steps() for s, loss in [metrics.curve(name)]]
+    held_out = JsonLines(config.run_folder / "validation.jsonl").lines()
+    curves = [
+        Curve(
+            expert=name,
+            steps=s,
+            loss=loss,
+            held_out=tuple((line["step"], line["loss"]) for line in held_out if line["expert"] == name),
+        )
+        for name in config.steps()
+        for s, loss in [metrics.curve(name)]
+    ]
     steps = ", ".join(f"{name} {count}" for name, count in config.steps().items())
     return Report(
         title=config.run.name,

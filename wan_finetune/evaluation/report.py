@@ -48,6 +48,8 @@ class Curve:
     expert: str
     steps: list[int]
     loss: list[float]
+    held_out: tuple[tuple[int, float], ...] = ()
+    """Step and loss on clips that training never sees, at fixed noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,7 +239,9 @@ def page(report: Report) -> Iterator[str]:
 
     note = "Over all clips above. The last column says it in a word."
     yield section("In figures", note, table(report.figures) if report.figures else "")
-    charts = "".join(chart(curve.expert, curve.steps, curve.loss, i) for i, curve in enumerate(report.curves))
+    charts = "".join(
+        chart(curve.expert, curve.steps, curve.loss, i, curve.held_out) for i, curve in enumerate(report.curves)
+    )
     note = "Wan2.2 has two experts, and each learned an adapter of its own. Lower is better."
     yield section("Training", note, charts and f"<div class=charts>{charts}</div>")
     facts = "".join(f"<dt>{text(k)}</dt><dd>{spoken(without_folders(v))}</dd>" for k, v in report.facts.items())

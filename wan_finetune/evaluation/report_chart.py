@@ -3,6 +3,7 @@
 import html
 import itertools
 import math
+from collections.abc import Sequence
 
 SMOOTHING = 0.06
 """Share of the curve's length over which the loss is averaged."""
@@ -28,8 +29,10 @@ def ticks(low: float, high: float) -> list[float]:
     return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def chart(expert: str, steps: list[int], loss: list[float], place: int) -> str:
-    """One expert's loss as SVG: every step faint, the running mean bold."""
+def chart(
+    expert: str, steps: list[int], loss: list[float], place: int, held_out: Sequence[tuple[int, float]] = ()
+) -> str:
+    """One expert's loss as SVG: every step faint, the running mean bold, (step, held-out loss) dashed."""
     points = [(s, v) for s, v in zip(steps, loss, strict=True) if math.isfinite(v)]
     if len(points) < 2 or points[0][0] == points[-1][0]:
         return ""
@@ -41,7 +44,9 @@ def chart(expert: str, steps: list[int], loss: list[float], place: int) -> str:
     spans = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
     mean = [(total[end] - total[start]) / (end - start) for start, end in spans]
     ranked = sorted(values)
-    low, high = min(ranked[len(ranked) // 50], *mean), max(ranked[-1 - len(ranked) // 50], *mean)
+    others = [value for step, value in held_out if step >= points[0][0] and math.isfinite(value)]
+    low = min(ranked[len(ranked) // 50], *mean, *others)
+    high = max(ranked[-1 - len(ranked) // 50], *mean, *others)
     pad = 0.08 * (high - low) or 0.5 * abs(high) or 0.5
     low, high = low - pad, high + pad
     first, last = points[0][0], points[-1][0]
@@ -58,6 +63,10 @@ def chart(expert: str, steps: list[int], loss: list[float], place: int) -> str:
         " ".join(f"{place:.1f},{y(v):.1f}" for place, v in zip(places[::every], row[::every], strict=True))
         for row in (values, mean)
     )
+    seen = [(x(step), y(value)) for step, value in held_out if step >= first and math.isfinite(value)]
+    dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5"/>' for a, b in seen)
+    dashes = f'<polyline class="held" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in seen)}"/>{dots}' if seen else ""
+    key = '<span class="key held">clips that training never sees</span>' if seen else ""
     across = "".join(
         f'<line x1="{left}" x2="{width - right}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
         f'<text x="{left - 8}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.4g}</text>'
@@ -71,8 +80,9 @@ def chart(expert: str, steps: list[int], loss: list[float], place: int) -> str:
     label = f"Loss of the {expert} expert over {last} steps, from {number(mean[0])} to {number(mean[-1])}"
     return (
         f'<figure class="chart c{place % 2}"><figcaption><strong>{html.escape(expert)}</strong>'
-        f'<span class="key">running mean</span><span class="key raw">each step</span></figcaption>'
+        f'<span class="key">running mean</span><span class="key raw">each step</span>'
+        f"{key}</figcaption>"
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">'
         f'<g class="axis">{across}{along}<text x="{left}" y="{height - 14}" text-anchor="middle">steps</text></g>'
-        f'<polyline class="raw" points="{raw}"/><polyline class="mean" points="{smooth}"/></svg></figure>'
+        f'<polyline class="raw" points="{raw}"/><polyline class="mean" points="{smooth}"/>{dashes}</svg></figure>'
     )

@@ -78,11 +78,13 @@ th small { display: block; font-weight: 400; color: var(--soft); max-width: 46ch
 .key::before { content: ""; display: inline-block; width: 1.3rem; height: 3px; margin-right: .45rem;
   vertical-align: middle; background: var(--tone); border-radius: 2px; }
 .key.raw::before { opacity: .35; height: 1.5px; }
+.key.held::before { background: none; border-top: 2px dashed var(--ink); border-radius: 0; }
 svg { display: block; width: 100%; height: auto; }
 .axis line { stroke: var(--line); }
 .axis text { fill: var(--soft); font-size: 12px; }
 polyline { fill: none; stroke: var(--tone); stroke-linejoin: round; }
 polyline.raw { opacity: .3; } polyline.mean { stroke-width: 2.5; }
+polyline.held { stroke: var(--ink); stroke-dasharray: 4 4; } .chart circle { fill: var(--ink); }
 details { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 summary { cursor: pointer; font-weight: 600; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr); gap: .35rem 1.5rem;
