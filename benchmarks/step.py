@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.reporting import report
 from train.config import Config
 from train.engine import make_accelerator
-from train.precompute import prepare_data
-from train.trainer import ExpertState, ExpertTrainer
+from train.preparing import prepare_data
+from train.state import ExpertState
+from train.trainer import ExpertTrainer
 from wan_finetune.adapters import as_adapter
 from wan_finetune.encoders import pad_text
 from wan_finetune.experts import base_folder

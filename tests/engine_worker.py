@@ -21,8 +21,9 @@ from train.checkpoint import load_state, save_checkpoint
 from train.config import Config
 from train.engine import engine_name, make_accelerator
 from train.identity import identity_of
-from train.precompute import prepare_data
-from train.trainer import ExpertState, ExpertTrainer
+from train.preparing import prepare_data
+from train.state import ExpertState
+from train.trainer import ExpertTrainer
 from wan_finetune.experts import base_folder
 
 LAUNCHERS_VARIABLES = ("ACCELERATE_", "FSDP_", "DEEPSPEED_")

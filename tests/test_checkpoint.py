@@ -16,7 +16,7 @@ from train.checkpoint import MANIFEST, States, found, resume, save_checkpoint, s
 from train.config import TrainSettings
 from train.identity import Identity
 from train.optimizer_state import configuration_stays, flatten_optimizer, unflatten_optimizer
-from train.trainer import ExpertState
+from train.state import ExpertState
 from wan_finetune.errors import InputError
 
 IDENTITY = Identity(values={"train.experts": ["high", "low"], "x": 1}, samples=torch.arange(6).reshape(3, 2))

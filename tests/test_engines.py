@@ -22,10 +22,10 @@ from train.config import Config
 from train.engine import make_accelerator
 from train.job import make_adapter, train_experts
 from train.optim import learning_rate
-from train.precompute import prepare_data
+from train.preparing import prepare_data
 from train.signals import StopRequest
+from train.state import ExpertState
 from train.tracking import Metrics
-from train.trainer import ExpertState
 from wan_finetune.adapters import dead_modules
 from wan_finetune.experts import base_folder
 from wan_finetune.export import verify_adapter_folder, write_adapter_folder

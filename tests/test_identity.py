@@ -16,7 +16,7 @@ from train.checkpoint import found
 from train.config import Config
 from train.engine import make_accelerator
 from train.identity import Identity, compare_samples, flatten, identity_of, require_same_run, rule_of
-from train.precompute import prepare_data
+from train.preparing import prepare_data
 from wan_finetune.errors import InputError
 from wan_finetune.experts import base_folder
 

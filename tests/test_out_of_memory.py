@@ -5,8 +5,9 @@ import torch
 
 from tests.tiny_runs import close, train
 from train.engine import make_accelerator
-from train.precompute import prepare_data
-from train.trainer import ExpertState, ExpertTrainer
+from train.preparing import prepare_data
+from train.state import ExpertState
+from train.trainer import ExpertTrainer
 from wan_finetune.errors import InputError
 from wan_finetune.experts import base_folder
 

@@ -20,9 +20,10 @@ from train.engine import make_accelerator
 from train.job import run
 from train.objective import weighted_loss
 from train.optim import learning_rate
+from train.records import StepRecord
 from train.rounds import stretches
 from train.signals import StopRequest
-from train.trainer import ExpertTrainer, StepRecord
+from train.trainer import ExpertTrainer
 from wan_finetune.adapters import dead_modules
 from wan_finetune.encoders import TextEncoder, pad_text
 from wan_finetune.errors import InputError

@@ -11,9 +11,10 @@ from tests.tiny_runs import same, train
 from train.effect import effect_size
 from train.engine import make_accelerator
 from train.job import make_adapter, run
-from train.precompute import prepare_data
+from train.preparing import prepare_data
 from train.signals import Stopped, StopRequest
-from train.trainer import ExpertState, ExpertTrainer
+from train.state import ExpertState
+from train.trainer import ExpertTrainer
 from wan_finetune.adapters import lora_weights, update_norms
 from wan_finetune.errors import InputError
 from wan_finetune.experts import LOW, base_folder, load_expert

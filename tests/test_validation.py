@@ -12,10 +12,11 @@ from data.holdout import hold_out
 from tests.tiny_runs import same, train
 from train.engine import make_accelerator
 from train.job import run
-from train.precompute import prepare_data
+from train.preparing import prepare_data
 from train.recommendation import Candidate, recommend
 from train.signals import StopRequest
-from train.trainer import ExpertState, ExpertTrainer
+from train.state import ExpertState
+from train.trainer import ExpertTrainer
 from train.validation import Validation, level_losses
 from wan_finetune.errors import InputError
 from wan_finetune.experts import base_folder

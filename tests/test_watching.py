@@ -13,9 +13,10 @@ from tests.tiny_runs import train as train_states
 from train.effect import effect_size
 from train.panel import Figures, duration
 from train.previews import Previews
+from train.records import StepRecord
 from train.rounds import Stretch
 from train.showcase import midway_folder
-from train.trainer import ExpertState, StepRecord
+from train.state import ExpertState
 from wan_finetune.adapters import inject_lora, lora_weights, set_lora_weights
 from wan_finetune.experts import LOW, load_expert
 from wan_finetune.lora import LoraSettings

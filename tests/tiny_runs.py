@@ -8,10 +8,10 @@ import torch
 from train.config import Config
 from train.engine import make_accelerator
 from train.job import train_experts
-from train.precompute import prepare_data
+from train.preparing import prepare_data
 from train.signals import StopRequest
+from train.state import ExpertState
 from train.tracking import Metrics
-from train.trainer import ExpertState
 from wan_finetune.experts import base_folder
 from wan_finetune.settings import load_settings
 

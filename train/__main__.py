@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from wan_finetune.errors import InputError
+from wan_finetune.quiet import quiet_imports
 from wan_finetune.settings import load_settings
 
 from .signals import Stopped, StopRequest, report_status
@@ -39,6 +40,7 @@ def train(path: Path, overrides: list[str]) -> int:
 
         config = load_settings(Config, path, overrides)
         # The heavy imports wait until the configuration is known to be good.
+        quiet_imports()
         from .job import run
 
         try:

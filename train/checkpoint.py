@@ -28,8 +28,8 @@ from wan_finetune.experts import EXPERTS, ExpertName
 
 from .identity import Identity, require_same_run
 from .optimizer_state import flatten_optimizer, unflatten_optimizer
+from .state import ExpertState
 from .terminal import say
-from .trainer import ExpertState
 
 FORMAT = 2
 """Of what a checkpoint holds; another number is refused."""

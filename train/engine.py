@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_
 from wan_finetune.errors import InputError
 
 from .config import Config
+from .tracking import log_folder
 
 if TYPE_CHECKING:
     from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
@@ -27,8 +28,6 @@ def make_accelerator(config: Config) -> Accelerator:
     Raises:
         InputError: when what the launcher asked for is not what accelerate set up, or the trainer cannot run under it.
     """
-    from .tracking import log_folder  # which imports the trainer, which imports this
-
     tracker = None if config.tracking.tracker == "none" else config.tracking.tracker
     if tracker and find_spec(tracker) is None:
         raise InputError(f'tracking.tracker = "{tracker}": not installed; pip install {tracker}, or set it to "none"')

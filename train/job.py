@@ -27,15 +27,16 @@ from .engine import engine_name, home_device, make_accelerator
 from .identity import identity_of
 from .optim import find_class
 from .panel import Figures
-from .precompute import prepare_data
+from .preparing import prepare_data
 from .previews import Previews
 from .recommendation import Candidate, recommend
 from .rounds import Stretch, stretches
 from .signals import Stopped, StopRequest
+from .state import ExpertState
 from .supported import require_support
 from .terminal import progress_bar, say
 from .tracking import Metrics
-from .trainer import ExpertState, ExpertTrainer, make_bases
+from .trainer import ExpertTrainer, make_bases
 from .validation import Validation
 
 States = dict[ExpertName, ExpertState]

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from wan_finetune.experts import ExpertName
 
-from .trainer import StepRecord
+from .records import StepRecord
 from .validation import HeldOutLoss
 
 SMOOTHED_STEPS = 20

@@ -11,7 +11,7 @@ from wan_finetune.pipeline import add_adapters
 from .config import Config
 from .rounds import Stretch
 from .showcase import make_clips, midway_folder, open_base, preview_requests, write
-from .trainer import ExpertState
+from .state import ExpertState
 
 
 class Previews:

@@ -2,10 +2,29 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wan_finetune.experts import ExpertName
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """What one optimizer step reports."""
+
+    expert: ExpertName
+    step: int
+    """Steps done, this one included."""
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    seconds: float
+    tokens_per_second: float
+    stall_seconds: float
+    """Of these seconds, how long the step waited for its data."""
+    memory_gib: float
+    """The most that has been in use so far: of the GPU, or of this process on a CPU."""
 
 
 class JsonLines:

@@ -10,8 +10,7 @@ from accelerate import Accelerator
 from wan_finetune.experts import ExpertName
 
 from .config import Config
-from .records import JsonLines
-from .trainer import StepRecord
+from .records import JsonLines, StepRecord
 
 
 class Metrics:

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,38 +34,9 @@ from .identity import global_batch_size
 from .objective import draw, flow_matching_error, level_weights, noise_levels, weighted_loss
 from .optim import learning_rate, make_optimizer, set_rate
 from .parallel import parallelize
+from .records import StepRecord
+from .state import ExpertState
 from .terminal import say
-
-
-@dataclass(kw_only=True)
-class ExpertState:
-    """All that an expert's training carries from one step to the next, on the CPU."""
-
-    step: int = 0
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    average: dict[str, Tensor] = field(default_factory=dict)
-    """Weights to export instead: a moving or a schedule-free average."""
-    taken: dict[str, Tensor] = field(default_factory=dict)
-    """The LoRA's start where it was taken out of the base."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepRecord:
-    """What one optimizer step reports."""
-
-    expert: ExpertName
-    step: int
-    """Steps done, this one included."""
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-    seconds: float
-    tokens_per_second: float
-    stall_seconds: float
-    """Of these seconds, how long the step waited for its data."""
-    memory_gib: float
-    """The most that has been in use so far: of the GPU, or of this process on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

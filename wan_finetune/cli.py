@@ -74,8 +74,10 @@ def sample_command(arguments: argparse.Namespace) -> None:
     """Make clips and write them with their manifest."""
     from pydantic import ValidationError
 
+    from .quiet import quiet_imports, quiet_libraries
+
+    quiet_imports()
     from .pipeline import load_pipeline
-    from .quiet import quiet_libraries
     from .sampling import Request, SamplingSettings, sample, write_clips
 
     quiet_libraries()

@@ -2,6 +2,20 @@
 
 import logging
 
+CHATTY = (
+    "torchao",
+    "torch.utils._pytree",
+    "bitsandbytes.backends.cpu.ops",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+)
+"""Loggers that warn, on import, of parts which this machine lacks and nobody has asked for."""
+
+
+def quiet_imports() -> None:
+    """Before diffusers is imported, which imports the quantisation packages that are installed, used or not."""
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
 
 def quiet_libraries() -> None:
     """Turn off the weight-loading bars of diffusers and transformers; their warnings stay.
