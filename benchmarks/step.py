@@ -163,15 +163,15 @@ def update_ratio(rounds: int) -> dict[str, float]:
 
 
 def file_ratios(folder: Path, rounds: int) -> dict[str, float]:
-    """An adapter's file against safetensors alone: writing with checks, fsync and rename; reading with checks."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        f"blocks.{block}.{module}.lora_{half}.weight": torch.randn(shape, generator=generator)
-        for block in range(40)
-        for module in LoraSettings().targets
-        for half, shape in (("A", (8, 640)), ("B", (640, 8)))
-    }
-    adapter = as_adapter("low", LoraSettings(rank=8, alpha=8), weights, {}, {})
+    """A14B's adapter of rank 32 against safetensors alone: writing with fsync and rename; reading with all checks."""
+    wide = {"ffn.net.0.proj": (5120, 13824), "ffn.net.2": (13824, 5120)}
+    weights = {}
+    for block in range(40):
+        for module in LoraSettings().targets:
+            inside, outside = wide.get(module, (5120, 5120))
+            weights[f"blocks.{block}.{module}.lora_A.weight"] = torch.randn(32, inside)
+            weights[f"blocks.{block}.{module}.lora_B.weight"] = torch.randn(outside, 32)
+    adapter = as_adapter("low", LoraSettings(rank=32), weights, {}, {})
     ours, raw = folder / "ours.safetensors", folder / "raw.safetensors"
 
     def seconds(step: Callable[[], object]) -> float:
@@ -216,7 +216,7 @@ def main() -> None:
             }
             loop[f"{clips} clips"] = loop_overhead_ms(trainer, 300)
             trainer.prefetcher.close()
-        files = file_ratios(Path(name), 30)
+        files = file_ratios(Path(name), 7)
     report(
         "step",
         {

@@ -63,7 +63,7 @@ def noise_levels(flow: FlowSettings, interval: Interval, sampling: SamplingSetti
         "beta": Beta(flow.beta_a, flow.beta_b),
     }
     density = densities[flow.density]
-    low, high = quantile_edges(interval, flow.shift, density).tolist()
+    low, high = quantile_edges(interval, flow.shift, density)
     if high - low < LEAST_SHARE:
         raise InputError(
             f"flow.density = {flow.density!r}: as it is set, {high - low:.1g} of all draws are between noise levels "

@@ -6,6 +6,7 @@ evenly stay so. Logit-normal and mode are those of Esser et al. 2024 (arXiv:2403
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,9 @@ class Density(Protocol):
 
     def quantile(self, p: Tensor) -> Tensor:
         """The inverse of `cumulative`, fp64."""
+
+    def __hash__(self) -> int:
+        """Densities are values: equal parameters, equal hash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +97,17 @@ def sample_sigma(v: Tensor, interval: Interval, shift: float, density: Density) 
     Time is restricted before the shift: this is exactly the shifted density given the expert, and nothing is
     rejected. Rounding never leaves the interval: the boundary belongs to the high expert, as in `WanPipeline`.
     """
-    edges = quantile_edges(interval, shift, density)
-    u = density.quantile(edges[0] + (edges[1] - edges[0]) * v.double())
+    low, high = quantile_edges(interval, shift, density)
+    u = density.quantile(low + (high - low) * v.double())
     return clamp_to(interval, shift_time(u, shift).float())
 
 
-def quantile_edges(interval: Interval, shift: float, density: Density) -> Tensor:
-    """Where an interval of noise levels begins and ends in the density's quantiles, [2] fp64."""
-    return density.cumulative(unshift_sigma(torch.tensor([interval.low, interval.high], dtype=torch.float64), shift))
+@lru_cache
+def quantile_edges(interval: Interval, shift: float, density: Density) -> tuple[float, float]:
+    """Where an interval of noise levels begins and ends in the density's quantiles; asked for in every step."""
+    sigma = torch.tensor([interval.low, interval.high], dtype=torch.float64)
+    low, high = density.cumulative(unshift_sigma(sigma, shift)).tolist()
+    return low, high
 
 
 def sample_schedule(v: Tensor, levels: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Everything here is fp32: in bf16 the high expert's range has some 32 distinct va
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,14 +38,20 @@ def unshift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def clamp_to(interval: Interval, sigma: Tensor) -> Tensor:
-    """Noise levels, fp32, moved by rounding errors at most, so that each has its timestep inside the interval.
+    """Noise levels, fp32, moved by rounding errors at most, so that each has its timestep inside the interval."""
+    return sigma.clamp(*ends(interval))
+
+
+@lru_cache
+def ends(interval: Interval) -> tuple[float, float]:
+    """The smallest and the largest fp32 noise level whose timestep is inside; asked for in every step.
 
     The boundary itself belongs to the high expert, as in `WanPipeline`.
     """
     top = torch.tensor(1.0)
     if interval.high < 1.0:
         top = torch.nextafter(first_sigma_at(interval.high * NUM_TRAIN_TIMESTEPS), torch.tensor(0.0))
-    return sigma.clamp(first_sigma_at(interval.low * NUM_TRAIN_TIMESTEPS), top)
+    return float(first_sigma_at(interval.low * NUM_TRAIN_TIMESTEPS)), float(top)
 
 
 def first_sigma_at(t: float) -> Tensor:
