@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
@@ -16,7 +17,8 @@ from wan_finetune.experts import HIGH, LOW, load_expert
 from wan_finetune.export import probe_output, verify_adapter_folder, write_adapter_folder
 from wan_finetune.formats import comfyui
 from wan_finetune.formats import diffusers as diffusers_format
-from wan_finetune.pipeline import load_pipeline, place
+from wan_finetune.pipeline import go_block_by_block, load_pipeline, place
+from wan_finetune.sampling import Request, SamplingSettings, sample
 from wan_finetune.spec import LORA_TARGETS
 
 FORMATS = pytest.mark.parametrize("file_format", [diffusers_format, comfyui], ids=["diffusers", "comfyui"])
@@ -235,15 +237,30 @@ def test_an_adapter_of_another_size_of_model_is_refused(tiny_base, tmp_path):
         load_pipeline(str(tiny_base), tmp_path, device="cpu")
 
 
-@pytest.mark.parametrize(("free_bytes", "wanted"), [(1 << 40, "to"), (1 << 10, "enable_model_cpu_offload")])
-def test_a_gpu_too_small_for_both_experts_takes_one_part_at_a_time(tiny_base, monkeypatch, free_bytes, wanted):
+@pytest.mark.parametrize(
+    ("room", "wanted"),
+    [(1.01, "to"), (0.99, "enable_model_cpu_offload"), (0.01, "enable_group_offload")],
+)
+def test_a_gpu_too_small_for_both_experts_takes_one_part_or_one_block_at_a_time(tiny_base, monkeypatch, room, wanted):
     called = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, free_bytes))
-    monkeypatch.setattr(WanPipeline, "to", lambda self, *a, **k: called.append("to"))
-    monkeypatch.setattr(
-        WanPipeline, "enable_model_cpu_offload", lambda self, *a, **k: called.append("enable_model_cpu_offload")
-    )
     pipe = WanPipeline.from_pretrained(tiny_base)
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    free_bytes = room / 0.8 * sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, free_bytes))
+    for name in ("to", "enable_model_cpu_offload", "enable_group_offload"):
+        monkeypatch.setattr(WanPipeline, name, lambda self, *a, name=name, **k: called.append(name))
     called.clear()
     place(pipe, torch.device("cuda"))
     assert called == [wanted]
+
+
+def test_block_by_block_the_clips_are_the_same(tiny_base, tmp_path):
+    write_adapter_folder(tmp_path, [trained(tiny_base, expert) for expert in (HIGH, LOW)])
+    request, settings = (
+        [Request(prompt="a red circle", seed=3)],
+        SamplingSettings(width=64, height=64, num_frames=5, steps=3),
+    )
+    plain = load_pipeline(str(tiny_base), tmp_path, device="cpu")
+    small = load_pipeline(str(tiny_base), tmp_path, device="cpu")
+    go_block_by_block(small, torch.device("cpu"))
+    assert np.array_equal(sample(plain, request, settings)[0], sample(small, request, settings)[0])

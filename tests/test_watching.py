@@ -109,6 +109,21 @@ def test_previews_after_rounds_keep_to_their_share_of_the_time(make_config):
     assert previews.folder(stretch, after(2, 2)) is not None
 
 
+def test_a_preview_that_does_not_fit_costs_no_run(make_config, monkeypatch, capsys):
+    _, previews = previews_of(make_config, "train.previews='rounds'")
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("train.previews.make_clips", full)
+    target = previews.folder(Stretch("low", 0, 2, 0), after(2, 2))
+    previews.make(target, [])
+    assert "no step-000004 preview: out of memory; training goes on" in capsys.readouterr().out.replace("\n", " ")
+    monkeypatch.setattr("train.previews.make_clips", lambda *a: [][0])
+    with pytest.raises(IndexError):
+        previews.make(target, [])
+
+
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
 def test_a_tracker_gets_the_figures_and_no_path_or_machine(make_config, monkeypatch, tracker):
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from wan_finetune.adapters import Adapter
 from wan_finetune.experts import ExpertName
+from wan_finetune.memory.levers import is_out_of_memory
 from wan_finetune.pipeline import add_adapters
 
 from .config import Config
 from .rounds import Stretch
 from .showcase import make_clips, midway_folder, open_base, preview_requests, write
 from .state import ExpertState
+from .terminal import say
 
 
 class Previews:
@@ -39,10 +41,16 @@ class Previews:
     def make(self, folder: Path, adapters: Sequence[Adapter]) -> None:
         """Sample the preview prompts with the adapters as they stand."""
         began = time.monotonic()
-        if wanted := preview_requests(self.config):
-            pipe = open_base(self.config)
-            add_adapters(pipe, adapters)
-            clips = make_clips(self.config, pipe, wanted, f"{folder.name} preview")
-            self.show(write(self.config, folder, "adapter", wanted, clips))
+        try:
+            if wanted := preview_requests(self.config):
+                pipe = open_base(self.config)
+                add_adapters(pipe, adapters)
+                clips = make_clips(self.config, pipe, wanted, f"{folder.name} preview")
+                self.show(write(self.config, folder, "adapter", wanted, clips))
+        except RuntimeError as error:
+            # A look on the way must not cost the run.
+            if not is_out_of_memory(error):
+                raise
+            say(f'no {folder.name} preview: out of memory; training goes on (train.previews = "none" asks for none)')
         self.last_seconds = time.monotonic() - began
         self.spent_seconds += self.last_seconds

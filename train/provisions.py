@@ -100,8 +100,14 @@ def stages(run: RunNumbers, hardware: Hardware) -> tuple[Stage, ...]:
     if run.base.has_wan_vae:
         needs["clips (autoencoder)"] = vae_encode_bytes(*run.data.largest_clip)
     if run.sampling.clips:
-        # On a GPU the pipeline is opened in bf16, and holds one part at a time where all do not fit.
-        needs["previews (one denoiser)"] = sampling_bytes(run.sampling.batch, run.training.dims, 2)
+        # On a GPU the pipeline is opened in bf16, and holds one part at a time where all do not fit, or one block.
+        dims = run.training.dims
+        whole = sampling_bytes(run.sampling.batch, dims, 2)
+        if whole + GIB <= hardware.memory_bytes:
+            needs["previews (one denoiser)"] = whole
+        else:
+            blocks = (dims.num_layers - 1) * block_bytes(dims, 2, "none")
+            needs["previews (block by block)"] = max(whole - blocks, float(run.base.text_encoder_parameters * 2))
     return tuple(
         Stage(name=name, gpu_bytes=needed, fits=needed + GIB <= hardware.memory_bytes) for name, needed in needs.items()
     )

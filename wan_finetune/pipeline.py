@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .adapters import Adapter
 
 ADAPTER_NAME = "brand"
+ROOM = 0.8
+"""Share of the free memory that weights may take; the rest is for what they compute."""
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer")
 
 
@@ -61,15 +63,23 @@ def load_pipeline(
 
 
 def place(pipe: WanPipeline, device: torch.device) -> WanPipeline:
-    """Put the pipeline on its device; on a GPU that cannot hold all of it at once, one part at a time."""
+    """Put the pipeline on its device; on a GPU that cannot hold all of it, one part at a time, or one block."""
     if device.type == "cuda":
         parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-        needed = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-        free, _ = torch.cuda.mem_get_info(device)
-        if needed > 0.8 * free:
+        sizes = [sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts]
+        room = ROOM * torch.cuda.mem_get_info(device)[0]
+        if max(sizes) > room:
+            go_block_by_block(pipe, device)
+            return pipe
+        if sum(sizes) > room:
             pipe.enable_model_cpu_offload(device=device)
             return pipe
     return pipe.to(device)
+
+
+def go_block_by_block(pipe: WanPipeline, device: torch.device) -> None:
+    """Keep the denoisers in host memory; a block comes to the device when it is needed. Slow, and fits any card."""
+    pipe.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1, exclude_modules="vae")
 
 
 def set_shift(pipe: WanPipeline, shift: float | None) -> None:
