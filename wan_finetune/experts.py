@@ -86,7 +86,8 @@ def base_folder(base: str, components: Sequence[str] = (), revision: str | None 
         raise InputError(f"model.base: {folder} has no model_index.json, so it is not a diffusers pipeline folder")
     for component in components:
         if not (folder / component).is_dir():
-            raise InputError(f"model.base: {folder} has no {component}/, which this job needs")
+            hint = '; a model with one denoiser takes train.experts = ["single"]' if component == LOW.component else ""
+            raise InputError(f"model.base: {folder} has no {component}/, which this job needs{hint}")
     return folder
 
 
