@@ -4,6 +4,8 @@ import ctypes
 import gc
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,6 +34,7 @@ from wan_finetune.spec import LORA_TARGETS
 
 CPU = torch.device("cpu")
 BLOCKS = 4
+ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("none", "fp8", "int8", "nf4")
 
 
@@ -177,10 +180,8 @@ def large(tmp_path_factory) -> tuple[Path, int]:
     return folder, sum(p.nbytes for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_loading_never_takes_more_than_the_target_and_two_shards(base, large, kind):
-    """The official repository is fp32: a host that held it beside the target would need three times the target."""
-    folder, stored = large
+def loading_memory(base: Path, folder: Path, kind: str) -> tuple[int, int]:
+    """What loading takes at its peak, and what it leaves, in bytes; of a process that has done little else."""
     load(base, kind)  # what a kind imports takes memory as well, once
     libc = ctypes.CDLL("libc.so.6")
 
@@ -195,11 +196,23 @@ def test_loading_never_takes_more_than_the_target_and_two_shards(base, large, ki
     Path("/proc/self/clear_refs").write_text("5")
     before = memory_bytes("VmRSS")
     loaded = load_base(folder, torch.bfloat16, kind, lambda name: CPU, CPU, trimmed())
-    extra = memory_bytes("VmHWM") - before
-    target = sum(weight_bytes(p) for p in loaded.parameters())
-    share = {"none": 0.51, "fp8": 0.27, "int8": 0.27, "nf4": 0.15}[kind]
-    assert target < stored * share
-    assert target / 2 < extra <= target + 2 * SHARD_BYTES, f"{extra >> 20} MiB for a target of {target >> 20}"
+    return memory_bytes("VmHWM") - before, sum(weight_bytes(p) for p in loaded.parameters())
+
+
+def test_loading_never_takes_more_than_the_target_and_two_shards(base, large):
+    """The official repository is fp32: a host that held it beside the target would need three times the target."""
+    folder, stored = large
+    # In a process of its own: in one that ran hundreds of tests, what is freed and taken again says nothing.
+    script = (
+        "import json; from pathlib import Path; from tests.test_memory_models import KINDS, loading_memory;"
+        f"base, folder = Path({str(base)!r}), Path({str(folder)!r});"
+        "print(json.dumps({kind: loading_memory(base, folder, kind) for kind in KINDS}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for kind, (extra, target) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert target < stored * {"none": 0.51, "fp8": 0.27, "int8": 0.27, "nf4": 0.15}[kind]
+        assert target / 2 < extra <= target + 2 * SHARD_BYTES, f"{kind}: {extra >> 20} MiB for {target >> 20}"
 
 
 def weight_bytes(weight: Tensor) -> int:

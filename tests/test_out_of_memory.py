@@ -16,13 +16,18 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.
 
 @pytest.fixture
 def make_trainer(make_config):
+    made = []
+
     def make(*overrides, name="high"):
         config = make_config("train.batch_size=4", *overrides)
         accelerator = make_accelerator(config)
         data = prepare_data(config, accelerator)
-        return ExpertTrainer(config, name, ExpertState(), base_folder(config.model.base), data, accelerator)
+        made.append(ExpertTrainer(config, name, ExpertState(), base_folder(config.model.base), data, accelerator))
+        return made[-1]
 
-    return make
+    yield make
+    for trainer in made:
+        trainer.prefetcher.close()
 
 
 def holds_at_most(trainer, clips, error=OUT_OF_MEMORY):

@@ -8,8 +8,18 @@ import pytest
 from data.prefetching import Prefetcher
 
 
+@pytest.fixture(autouse=True)
+def others():
+    """Threads of other tests' trainers are not this file's matter."""
+    OTHERS.clear()
+    OTHERS.update(threading.enumerate())
+
+
+OTHERS: set[threading.Thread] = set()
+
+
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch" and thread not in OTHERS]
 
 
 def test_steps_come_in_order_and_as_made_without_it():
