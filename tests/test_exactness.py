@@ -186,6 +186,7 @@ def test_one_then_two_then_one_process_end_where_one_does(make_config):
     assert result(one) == result(mixed)
 
 
+@pytest.mark.slow  # test_engines.py has two processes in the fast tier
 def test_two_processes_of_torchrun_train_what_one_does(make_config):
     one = make_config("run.name='one'", ALONE, *ELASTIC)
     finish(one)
