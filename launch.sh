@@ -247,16 +247,18 @@ train_in_processes() { # COUNT TRAINER-ARGUMENTS...; ACCELERATE_CONFIG may name 
 }
 
 status_of_ranks() { # COUNT STATUS: how the trainers ended, where the launcher itself ended with STATUS
-    local -a ends=()
-    local end
+    local end ended=0 reason=''
     if [[ -f $WAN_FINETUNE_STATUSES ]]; then
-        while read -r end; do ends+=("$end"); done <"$WAN_FINETUNE_STATUSES"
+        while read -r end; do
+            ended=$((ended + 1))
+            if [[ -z $reason && $end != 0 ]]; then reason=$end; fi
+        done <"$WAN_FINETUNE_STATUSES"
     fi
-    # The first to end has the reason; the others end because of it. One that says nothing was killed.
+    # The first to fail has the reason; others end because of it, or were done before. One that says nothing was killed.
     if ((signals_passed > 0)); then
-        case ${ends[0]-} in 2 | 3) echo "${ends[0]}" ;; *) echo 143 ;; esac
-    elif ((${#ends[@]} == $1)); then
-        echo "${ends[0]}"
+        case $reason in 2 | 3) echo "$reason" ;; *) echo 143 ;; esac
+    elif ((ended == $1)) && [[ -n $reason ]]; then
+        echo "$reason"
     else
         echo "$2"
     fi
