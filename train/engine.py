@@ -2,21 +2,20 @@
 
 import os
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
 
 from wan_finetune.errors import InputError
+from wan_finetune.memory.support import Engine
 
 from .config import Config
 from .tracking import log_folder
 
 if TYPE_CHECKING:
     from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
-
-EngineName = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -52,17 +51,17 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def engine_name(accelerator: Accelerator) -> EngineName:
+def engine_name(accelerator: Accelerator) -> Engine:
     """How the processes of this accelerator share the work."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        stages: dict[int, EngineName] = {2: "zero2", 3: "zero3"}
+        stages: dict[int, Engine] = {2: "zero2", 3: "zero3"}
         return stages[accelerator.deepspeed_plugin.zero_stage]
     if accelerator.distributed_type == DistributedType.FSDP:
         return "fsdp2"
     return "single" if accelerator.distributed_type == DistributedType.NO else "ddp"
 
 
-def asked_engine(fsdp: "FullyShardedDataParallelPlugin | None", deepspeed: "DeepSpeedPlugin | None") -> EngineName:
+def asked_engine(fsdp: "FullyShardedDataParallelPlugin | None", deepspeed: "DeepSpeedPlugin | None") -> Engine:
     """The engine that the launcher's variables name."""
     if deepspeed:
         return "zero3" if deepspeed.zero_stage == 3 else "zero2"
@@ -75,7 +74,7 @@ def asked_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_launch(accelerator: Accelerator, asked: EngineName) -> None:
+def check_launch(accelerator: Accelerator, asked: Engine) -> None:
     """Whether the launcher's wish came true."""
     runs, processes = engine_name(accelerator), accelerator.num_processes
     # One process started as one of several (torchrun --nproc-per-node 1) is what was asked for.

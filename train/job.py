@@ -21,7 +21,7 @@ from wan_finetune.quiet import quiet_libraries
 
 from . import showcase
 from .best import keep_best, load_best
-from .checkpoint import resume, save_checkpoint, sole_writer
+from .checkpoint import States, resume, save_checkpoint, sole_writer
 from .config import Config
 from .engine import engine_name, home_device, make_accelerator
 from .identity import identity_of
@@ -38,8 +38,6 @@ from .terminal import progress_bar, say
 from .tracking import Metrics
 from .trainer import ExpertTrainer, make_bases
 from .validation import Validation
-
-States = dict[ExpertName, ExpertState]
 
 
 def run(config: Config, stop: StopRequest) -> None:
