@@ -11,6 +11,7 @@ import traceback
 import weakref
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
@@ -96,6 +97,13 @@ def held_share(model: torch.nn.Module) -> float:
     return held / total
 
 
+def rates_of_groups(optimizer: Any) -> list[float]:
+    """The rate of each group, as the optimizer inside of whatever wraps it has it."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return [group["lr"] for group in optimizer.param_groups]
+
+
 def train_expert(
     config: Config, expert: str, start: Path | None, steps: int, result: Path, spoiled: str = "", of_rank: int = 0
 ) -> dict:
@@ -107,10 +115,11 @@ def train_expert(
     trainer = ExpertTrainer(config, expert, state, base, data, accelerator)
     if spoiled and accelerator.process_index == of_rank:
         spoil(trainer, spoiled)
-    records, stopped = [], ""
+    records, stopped, group_rates = [], "", []
     try:
         for _ in range(steps):
             records.append(asdict(trainer.take_step()))
+            group_rates.append(rates_of_groups(trainer.optimizer))
             trainer.save_state()  # as before a checkpoint, which must move nothing
     except FloatingPointError as error:
         stopped = str(error)
@@ -128,6 +137,7 @@ def train_expert(
         "losses": [record["loss"] for record in records],
         "norms": [record["gradient_norm"] for record in records],
         "rates": [record["learning_rate"] for record in records],
+        "group_rates": group_rates,
         "stopped": stopped,
         "dtypes": dtypes,
         "share": round(share, 1),

@@ -28,6 +28,11 @@ def updates(child: Child) -> int:
     return child.output.count("updated\n")
 
 
+def told(child: Child) -> list[str]:
+    """What a person is told; gloo and the count of updates speak for themselves."""
+    return [line for line in child.output.splitlines() if line != "updated" and not line.startswith("[Gloo]")]
+
+
 @pytest.fixture(scope="module")
 def whole(tiny_base, shared, tmp_path_factory) -> tuple[Config, dict[str, str], float]:
     """A run that nothing disturbed, and the seconds that it took."""
@@ -177,10 +182,16 @@ def test_one_then_two_then_one_process_end_where_one_does(make_config):
     one = make_config("run.name='one'", ALONE, *ELASTIC)
     finish(one)
     mixed = make_config("run.name='mixed'", ALONE, *ELASTIC)
-    assert start(mixed, Fault(stop_at=2)).wait() == 143
+    first = start(mixed, Fault(stop_at=2))
+    assert first.wait() == 143
+    before = len(told(first))  # in the log that the first of two goes on with
     pair = start_pair(make_config("run.name='mixed'", PAIR, *ELASTIC), Fault(stop_at=4, rank=1))
     assert [child.wait() for child in pair] == [143, 143], pair[0].output
     assert "going on from high step 2" in pair[0].output and "stopping after high step 4" in pair[0].output
+    # What is true of both is said once: by the first, though the signal went to the second.
+    lines = told(pair[0])[before:]
+    assert told(pair[1]) == [] and len(set(lines)) == len(lines)
+    assert lines[-1] == "stopped by SIGUSR1; the same command goes on from here"
     finish(mixed)
     assert losses(one) == losses(mixed)
     assert result(one) == result(mixed)
@@ -269,8 +280,9 @@ def poison_run(make_config, kind: str, expert: str, step: int, rank: int | None)
     assert set(codes) == {3}, children[0].output
     # Rounds of two steps, the high expert first.
     done = step - 1 + (2 if expert == "low" or step > 2 else 0) + (2 if expert == "low" and step > 2 else 0)
-    for child in children:
-        assert f"error: {expert} expert, step {step}: loss" in child.output
+    for number, child in enumerate(children):
+        which = f"process {number}: " if number else ""  # each has its error, and says whose it is
+        assert f"\n{which}error: {expert} expert, step {step}: loss" in f"\n{child.output}"
         assert "clip-" in child.output.split("samples: ")[1].split(". Nothing was updated")[0]
         assert updates(child) == done
     held = [path for path in found(checkpoints(config)) if verify(path) is None]

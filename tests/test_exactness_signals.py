@@ -99,34 +99,48 @@ FAULTY_MAIN = """\
 import os, pickle, sys
 from pathlib import Path
 root, job = {root!r}, Path({job!r})
-os.environ["ACCELERATE_USE_CPU"] = "true"
 sys.path[:] = [root, *(path for path in sys.path if Path(path or ".").resolve() != Path.cwd())]
 del sys.modules["train"]
+if {engine!r}:
+    from tests.engine_worker import let_engines_run_on_a_cpu
+    let_engines_run_on_a_cpu()
+else:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
 from tests.faulty_training import train_child
 sys.exit(train_child(job / "config.toml", pickle.loads((job / "fault").read_bytes())))
 """
 
 
-def launch(checkout: Checkout, config: Config, fault: Fault) -> tuple[subprocess.Popen[bytes], Path]:  # noqa: F811
+def launch(checkout: Checkout, config: Config, fault: Fault, engine: str = "") -> tuple[subprocess.Popen[bytes], Path]:  # noqa: F811
     """launch.sh as it is, on a machine with two made-up cards; the processes train on the CPU."""
     checkout.install(record_only=False)
     shutil.copy(Path(sys.executable).parent / "accelerate", checkout.root / ".venv" / "bin" / "accelerate")
     write_script(checkout.tools / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: x'\necho 'GPU 1: x'\n")
     job = write_config(config).parent
     (job / "fault").write_bytes(pickle.dumps(fault))
-    write_script(checkout.root / "train" / "__main__.py", FAULTY_MAIN.format(root=str(ROOT), job=str(job)))
+    main = FAULTY_MAIN.format(root=str(ROOT), job=str(job), engine=engine)
+    write_script(checkout.root / "train" / "__main__.py", main)
     checkout.env |= {name: value for name, value in os.environ.items() if name.startswith(("HF_", "OMP_", "TOKEN"))}
+    if engine:
+        shutil.copytree(ROOT / "configs", checkout.root / "configs", dirs_exist_ok=True)
+        checkout.env["ACCELERATE_CONFIG"] = f"configs/accelerate/{engine}.yaml"
     with (job / "log").open("wb") as log:
         command = [checkout.root / "launch.sh"]
         return subprocess.Popen(command, cwd=checkout.root, env=checkout.env, stdout=log, stderr=log), job
 
 
-def signal_through_launcher(make_config, checkout, undisturbed, phase, number, to_rank) -> None:  # noqa: F811
+def stop_through_launcher(
+    checkout,  # noqa: F811
+    config: Config,
+    phase: str,
+    number: signal.Signals,
+    to_rank: bool,
+    engine: str = "",
+) -> str:
+    """A run of two processes that a signal ends, to the launcher or to one of them; what they have said."""
     # The last phases are the main process's alone, when the other has gone.
     rank = 1 if list(PHASES).index(phase) < 4 else 0
-    name = f"{'rank' if to_rank else 'launcher'}-{list(PHASES).index(phase)}"
-    config = make_job(make_config, name, phase, "train.gradient_accumulation=1")
-    started, job = launch(checkout, config, Fault(waits_in=phase, whole_job=True, rank=rank))
+    started, job = launch(checkout, config, Fault(waits_in=phase, whole_job=True, rank=rank), engine)
     try:
         wait_for(lambda: (job / "reached").exists() or started.poll() is not None, phase, 240)
         assert started.poll() is None, (job / "log").read_text()
@@ -137,7 +151,14 @@ def signal_through_launcher(make_config, checkout, undisturbed, phase, number, t
     finally:
         started.kill()
     assert not list((checkout.root / ".venv").glob("statuses-*"))
-    check_what_is_left(config, phase, undisturbed, (job / "log").read_text())
+    return (job / "log").read_text()
+
+
+def signal_through_launcher(make_config, checkout, undisturbed, phase, number, to_rank) -> None:  # noqa: F811
+    name = f"{'rank' if to_rank else 'launcher'}-{list(PHASES).index(phase)}"
+    config = make_job(make_config, name, phase, "train.gradient_accumulation=1")
+    said = stop_through_launcher(checkout, config, phase, number, to_rank)
+    check_what_is_left(config, phase, undisturbed, said)
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(make_config, checkout, undisturbed):  # noqa: F811
@@ -149,6 +170,30 @@ def test_launcher_and_processes_end_in_every_phase(make_config, checkout, undist
     for place, phase in enumerate(PHASES):
         number = SIGNALS[place % 3]
         signal_through_launcher(make_config, checkout, undisturbed, phase, number, to_rank=bool(place % 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_under_a_sharding_engine_every_signal_leaves_a_checkpoint_that_goes_on_to_the_same_bytes(
+    make_config,
+    checkout,  # noqa: F811
+    undisturbed,
+    engine,
+):
+    for place, (number, to_rank) in enumerate(itertools.product(SIGNALS, (False, True))):
+        phase = IN_TRAINING[place in (1, 4)]
+        name = f"{engine}-{number.name}-{'rank' if to_rank else 'launcher'}"
+        config = make_job(make_config, name, phase, "train.gradient_accumulation=1")
+        said = stop_through_launcher(checkout, config, phase, number, to_rank, engine)
+        assert said.count("stopping after high step 1, which is saved") == (phase == "a step is taken")
+        assert said.count(f"stopped by {number.name}") == 1 and "Traceback" not in said
+        if place == 0:  # goes on as it was begun; the others in one process, which is quicker
+            resumed, job = launch(checkout, config, Fault(), engine)
+            assert resumed.wait(240) == 0, (job / "log").read_text()
+            assert "going on from high step 1" in (job / "log").read_text()
+            assert result(config) == undisturbed
+        else:
+            check_what_is_left(config, phase, undisturbed, said)
 
 
 @pytest.mark.parametrize(("content", "expected"), [("nonsense = 1\n", 2), ("raise SystemExit(7)\n", 1)])

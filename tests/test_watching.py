@@ -60,6 +60,13 @@ def test_a_terminal_has_one_live_panel_and_a_pipe_a_line_now_and_then(monkeypatc
     with train.terminal.progress_bar("low expert, steps 1-8", 8) as bar:
         bar.update(8, "loss 0.1", "lr 1e-4  |  details")
     assert "8/8" in screen.getvalue() and "lr 1e-4  |  details" in screen.getvalue()
+    # Processes of one launcher share its terminal.
+    monkeypatch.setenv("RANK", "1")
+    seen = screen.getvalue()
+    with train.terminal.progress_bar("low expert, steps 1-8", 8) as bar:
+        bar.update(8, "loss 0.1", "details")
+        train.terminal.say("a line")
+    assert screen.getvalue() == seen
 
 
 def test_the_effect_size_is_the_updates_share_of_the_weights(tiny_base):

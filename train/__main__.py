@@ -10,6 +10,7 @@ from wan_finetune.errors import InputError
 from wan_finetune.quiet import quiet_imports
 from wan_finetune.settings import load_settings
 
+from .ranks import complain, say_stopped
 from .signals import Stopped, StopRequest, report_status
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -50,13 +51,13 @@ def train(path: Path, overrides: list[str]) -> int:
                 raise
             raise InputError(disk_is_full(error, config.run_folder)) from error
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 3
     except Stopped as stopped:
-        print(f"stopped by {stopped}; the same command goes on from here", file=sys.stderr)
+        say_stopped(stopped)
         return stopped.exit_code
     return 0
 

@@ -184,6 +184,7 @@ class ZeroParallel(Parallel):
     def optimizer_state(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self.link_optimizer_state()
         inner = self.optimizer.optimizer.optimizer
         flat: dict[str, Any] = dict(next(iter(inner.state.values()), {}))
         state: dict[int, dict[str, Any]] = {}
@@ -200,11 +201,7 @@ class ZeroParallel(Parallel):
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """The inverse: each process keeps its part."""
-        from deepspeed.utils import (
-            lazy_init_hp_params_optimizer_state,
-            safe_set_full_optimizer_state,
-            safe_set_local_optimizer_state,
-        )
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         zero = self.optimizer.optimizer
         flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
@@ -215,9 +212,7 @@ class ZeroParallel(Parallel):
                 key: torch.zeros_like(flat) if value.ndim else value.to(steps_at, copy=True)
                 for key, value in state["state"][0].items()
             }
-        if self.stage == 2:
-            for parameters, flat in zip(zero.bit16_groups, flats, strict=True):
-                lazy_init_hp_params_optimizer_state(parameters, flat, zero.optimizer.state)
+        self.link_optimizer_state()
         for number, parameter in enumerate(p for group in self.groups for p in group):
             for key, value in state["state"][number].items():
                 if not value.ndim:
@@ -231,6 +226,18 @@ class ZeroParallel(Parallel):
                     safe_set_local_optimizer_state(parameter, padded[size * rank : size * (rank + 1)], key)
                 else:
                     safe_set_full_optimizer_state(parameter, value, key)
+
+    def link_optimizer_state(self) -> None:
+        """Let ZeRO-2's weights find their parts of the flat states; DeepSpeed does so after its first group's first
+        update, and leaves the groups out that have no state by then."""
+        if self.stage != 2:
+            return
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        zero = self.optimizer.optimizer
+        for weights, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            if zero.optimizer.state.get(flat):
+                lazy_init_hp_params_optimizer_state(weights, flat, zero.optimizer.state)
 
     def close(self) -> None:
         self.groups = []

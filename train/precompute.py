@@ -9,6 +9,7 @@ from wan_finetune.errors import InputError
 from wan_finetune.quiet import quiet_imports, quiet_libraries
 from wan_finetune.settings import load_settings
 
+from .ranks import complain, say_stopped
 from .signals import Stopped, StopRequest
 from .terminal import say
 
@@ -50,10 +51,10 @@ def main() -> int:
         if arguments.prune_days is not None and accelerator.is_main_process:
             prune(data, arguments.prune_days)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except Stopped as stopped:
-        print(f"stopped by {stopped}; the same command goes on from here", file=sys.stderr)
+        say_stopped(stopped)
         return stopped.exit_code
     say(f"the caches in {config.data.cache} hold all {len(data.samples)} samples")
     return 0

@@ -3,13 +3,14 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from .ranks import say_stopped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,8 +67,7 @@ class StopRequest:
                 continue
             time.sleep(patience_seconds)
             if signal.getsignal(number) == self.receive and not self.waits:
-                name = signal.Signals(number).name
-                print(f"stopped by {name}; the same command goes on from here", file=sys.stderr, flush=True)
+                say_stopped(signal.Signals(number).name)
                 report_status(Stopped.exit_code)
                 os._exit(Stopped.exit_code)
 

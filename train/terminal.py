@@ -1,4 +1,4 @@
-"""What a person at a terminal sees while a run goes on."""
+"""What a person at a terminal sees while a run goes on. Of several processes the first one speaks for all."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -8,18 +8,21 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from .ranks import speaks
+
 console = Console(soft_wrap=True)
 
 
 def say(text: str) -> None:
     """One line for the person at the terminal."""
-    console.print(text, highlight=False, markup=False)
+    if speaks():
+        console.print(text, highlight=False, markup=False)
 
 
 @contextmanager
 def progress_bar(label: str, total: int) -> Iterator["Bar"]:
     """A bar on a terminal; elsewhere a line now and then, so that logs stay short."""
-    if not sys.stdout.isatty():
+    if not (sys.stdout.isatty() and speaks()):
         yield Bar(None, label, total)
         return
     columns = (
