@@ -153,12 +153,19 @@ def test_a_moved_folder_is_the_same_data_and_a_changed_one_is_not(make_config, s
     resumed = train(make_config(*longer))
     assert "warning: changed since step-000002" in capsys.readouterr().out  # the schedule
     assert same(whole["low"], resumed["low"]) and resumed["high"].step == 2
+    manifests = [path.read_text() for path in (tmp_path / "part" / "checkpoints").glob("*/manifest.json")]
+    assert manifests and not any(str(folder) in text for text in manifests for folder in (tmp_path, shared))
     before = (tmp_path / "part" / "config.toml").read_bytes()
     (moved / "clip-00.txt").write_text("another caption")
     for suffix in (".mp4", ".txt"):
         (moved / f"clip-01{suffix}").unlink()
         shutil.copy(moved / f"clip-02{suffix}", moved / f"new{suffix}")
     with pytest.raises(InputError, match=r"data: 1 clip added, 1 clip removed, 1 clip changed \(frames, captions"):
+        train(make_config(*longer))
+    shutil.copytree(moved, tmp_path / "elsewhere")
+    longer[-1] = f"data.sources=[{{path='{tmp_path / 'elsewhere'}'}}]"
+    # A folder is told by its name, and by a hash from another of that name.
+    with pytest.raises(InputError, match=r'data\.sources\.0\.path: "moved \(\w{8}\)" -> "elsewhere \(\w{8}\)"'):
         train(make_config(*longer))
     # The file beside the checkpoints stays theirs.
     assert (tmp_path / "part" / "config.toml").read_bytes() == before

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import train.terminal
-from tests.tiny_runs import train as train_states
+from tests.tiny_runs import train_and_watch
 from train.effect import effect_size
 from train.panel import Figures, duration
 from train.previews import Previews
@@ -131,26 +131,67 @@ def test_a_preview_that_does_not_fit_costs_no_run(make_config, monkeypatch, caps
         previews.make(target, [])
 
 
-@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
-def test_a_tracker_gets_the_figures_and_no_path_or_machine(make_config, monkeypatch, tracker):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_API_KEY", "f" * 40)
-    config = make_config(f"tracking.tracker={tracker}", "high.steps=2", "low.steps=2", "train.round_steps=1")
-    train_states(config)
-    if tracker == "wandb":
-        import wandb
+def stored_by(tracker, config):
+    """All that a tracker has on the disk."""
+    if tracker == "trackio":
+        from trackio.utils import TRACKIO_DIR
 
-        wandb.finish()
-    pattern = {"wandb": "*.wandb", "tensorboard": "events.out.*"}[tracker]
+        files = [file for file in TRACKIO_DIR.rglob("*") if file.is_file()]
+    else:
+        pattern = {"wandb": "*.wandb", "tensorboard": "events.out.*"}[tracker]
+        files = list((config.run_folder / "tracker").rglob(pattern))
+    return b"".join(file.read_bytes() for file in files)
+
+
+@pytest.fixture
+def only_this_machine(monkeypatch):
+    """A connection to another machine fails; what was tried is told."""
+    connect, tried = socket.socket.connect, []
+
+    def local(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "localhost", "::1"):
+            tried.append(address)
+            raise OSError(f"no way to {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local)
+    return tried
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "trackio"])
+def test_a_tracker_gets_the_figures_and_no_path_or_machine(make_config, monkeypatch, tracker, only_this_machine):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    secrets = ["f" * 40, "hf_" + "t" * 34, "a-person-logged-in"]
+    monkeypatch.setenv("WANDB_API_KEY", secrets[0])
+    monkeypatch.setenv("HF_TOKEN", secrets[1])
+    monkeypatch.setattr("huggingface_hub.whoami", lambda **_: {"name": secrets[2]})
+    config = make_config(f"tracking.tracker={tracker}", "high.steps=2", "low.steps=2", "train.round_steps=1")
+    _, metrics = train_and_watch(config)
+    metrics.accelerator.end_training()
     deadline = time.monotonic() + 30
     while True:
-        content = b"".join(file.read_bytes() for file in (config.run_folder / "tracker").rglob(pattern))
+        content = stored_by(tracker, config)
         if b"low/held_out_loss" in content and b"high/tokens_per_second" in content:
             break
         assert time.monotonic() < deadline, "the tracker stored nothing"
         time.sleep(0.1)
-    for secret in (str(config.run.folder), "f" * 40, str(train.terminal.__file__), "pytest"):
+    assert tracker == "tensorboard" or b"samples/" in content  # the clips of the preview midway
+    for secret in (str(config.run.folder), str(train.terminal.__file__), "pytest", *secrets):
         assert secret.encode() not in content, secret
     # tensorboard puts the machine's name into the file's own, which stays here; a short one is in any file by chance.
     machine = socket.gethostname().encode()
     assert tracker == "tensorboard" or len(machine) < 6 or machine not in content
+    assert only_this_machine == []
+    if tracker == "trackio":
+        check_what_trackio_shows(config)
+
+
+def check_what_trackio_shows(config):
+    """By its own reader: each figure under its expert's name, and nothing of the machine."""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    rows = SQLiteStorage.get_logs(config.tracking.project, config.run.name)
+    named = {key for row in rows for key in row} - {"timestamp", "step"}
+    assert named and all(key.startswith(("high/", "low/", "samples/")) for key in named), named
+    assert {row["high/step"] for row in rows if "high/loss" in row} == {1, 2}
+    assert SQLiteStorage.get_system_logs(config.tracking.project, config.run.name) == []

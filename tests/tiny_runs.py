@@ -44,10 +44,16 @@ def write_config(config: Config) -> Path:
 
 
 def train(config: Config) -> dict[str, ExpertState]:
+    states, _ = train_and_watch(config)
+    return states
+
+
+def train_and_watch(config: Config) -> tuple[dict[str, ExpertState], Metrics]:
     accelerator = make_accelerator(config)
     data = prepare_data(config, accelerator)
     base = base_folder(config.model.base)
-    return train_experts(config, base, data, Metrics(config, accelerator), accelerator, StopRequest())
+    metrics = Metrics(config, accelerator)
+    return train_experts(config, base, data, metrics, accelerator, StopRequest()), metrics
 
 
 def same(first: ExpertState, second: ExpertState) -> bool:

@@ -133,7 +133,7 @@ def identity_of(config: Config, base: Path, data: TrainingData, processes: int) 
     values["text_encoder"] = fingerprint(base / "text_encoder") + fingerprint(base / "tokenizer")
     for bucket in sorted(set(data.samples.column("bucket"))):
         values[f"global_batch.{bucket}"] = global_batch_size(config, Bucket.parse(bucket), processes)
-    return Identity(values=json.loads(json.dumps(values)), samples=hash_samples(data))
+    return Identity(values=values, samples=hash_samples(data))
 
 
 def global_batch_size(config: Config, bucket: Bucket, processes: int) -> int:
@@ -146,8 +146,9 @@ def global_batch_size(config: Config, bucket: Bucket, processes: int) -> int:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every key with its value, `data.sources.0.path` for example; settings that mean the same are spelled alike."""
-    tables = config.model_dump(mode="json")
+    """Every key with its value as JSON, `data.sources.0.path` for example; settings that mean the same are spelled
+    alike, and of a path only what tells it from another is kept."""
+    tables = config.model_dump()
     for name in EXPERTS:
         if tables[name] is not None and name in config.train.experts:
             lora = config.expert(name).lora
@@ -163,11 +164,18 @@ def flatten(config: Config) -> dict[str, Any]:
     def walk(prefix: str, value: Any) -> dict[str, Any]:
         if isinstance(value, dict):
             return {key: v for name, inner in value.items() for key, v in walk(f"{prefix}{name}.", inner).items()}
-        if isinstance(value, list) and value and isinstance(value[0], dict):
+        if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
             return walk(prefix, dict(enumerate(value)))
         return {prefix.removesuffix("."): value}
 
-    return walk("", tables)
+    values: dict[str, Any] = json.loads(json.dumps(walk("", tables), default=placeless))
+    return values
+
+
+def placeless(path: Path) -> str:
+    """A path's last name, and a hash of the whole: a checkpoint may be handed on, and where things lie is nobody's
+    business."""
+    return f"{path.name} ({hashlib.sha256(str(path).encode()).hexdigest()[:8]})"
 
 
 def rule_of(key: str) -> Rule:

@@ -111,6 +111,8 @@ def train_experts(
         trainer = ExpertTrainer(config, stretch.expert, state, base, data, accelerator, bases)
         if accelerator.device.type == "cuda" and state.step == 0 and engine_name(accelerator) in ("single", "ddp"):
             trainer.rehearse()
+        # Together: one that a signal ends here would leave those that are already in a step waiting for it.
+        accelerator.wait_for_everyone()
         with stop.deferred():
             following = next(
                 (later.expert for later in plan[number + 1 :] if states[later.expert].step < later.stop), None

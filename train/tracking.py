@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 
 from wan_finetune.experts import ExpertName
 
@@ -23,6 +24,9 @@ class Metrics:
         if self.tracked:
             log_folder(config).mkdir(parents=True, exist_ok=True)
             accelerator.init_trackers(config.tracking.project, init_kwargs=tracker_arguments(config))
+            if accelerator.is_main_process:
+                for tracker in accelerator.trackers:
+                    forget_person(tracker)
 
     def forget_after(self, steps: Mapping[ExpertName, int]) -> None:
         """Drop lines of steps beyond these: a resumed run writes them again."""
@@ -43,12 +47,16 @@ class Metrics:
             )
 
     def show_clips(self, files: Sequence[Path]) -> None:
-        """Give clips to wandb, which plays them; as files, because arrays would bring other packages in."""
+        """Give clips to wandb or trackio, which play them; as files, because arrays would bring other packages in."""
         for tracker in self.accelerator.trackers if self.tracked else ():
             if tracker.name == "wandb":
                 import wandb
 
                 tracker.log({f"samples/{file.stem}": wandb.Video(str(file), format="mp4") for file in files})
+            elif tracker.name == "trackio":
+                import trackio
+
+                tracker.log({f"samples/{file.stem}": trackio.Video(str(file)) for file in files})
 
     def curve(self, expert: ExpertName) -> tuple[list[int], list[float]]:
         """Steps and losses of one expert."""
@@ -57,7 +65,10 @@ class Metrics:
 
 
 def tracker_arguments(config: Config) -> dict[str, dict[str, Any]]:
-    """What each tracker is started with; wandb would send the program's path, its arguments and the machine's name."""
+    """What each tracker is started with; wandb would send the program's path, its arguments and the machine's name, and
+    trackio store what the machine does otherwise."""
+    if config.tracking.tracker == "trackio":
+        return {"trackio": {"name": config.run.name, "resume": "allow", "auto_log_gpu": False, "auto_log_cpu": False}}
     if config.tracking.tracker != "wandb":
         return {}
     import wandb
@@ -66,6 +77,12 @@ def tracker_arguments(config: Config) -> dict[str, dict[str, Any]]:
         disable_git=True, disable_code=True, x_disable_meta=True, x_disable_machine_info=True, console="off"
     )
     return {"wandb": {"name": config.run.name, "dir": str(log_folder(config)), "settings": silent}}
+
+
+def forget_person(tracker: GeneralTracker) -> None:
+    """Take the Hub's name of whoever is logged in out of what trackio stores with its first figures."""
+    if tracker.name == "trackio":
+        tracker.run.config["_Username"] = None
 
 
 def log_folder(config: Config) -> Path:
