@@ -16,15 +16,12 @@ import numpy as np
 import torch
 
 from benchmarks.decode import cpu_seconds
+from benchmarks.filled import StandIns, fill_caches
 from benchmarks.reporting import report
 from data.batches import ExpertBatches, TrainingData
 from data.buckets import Bucket
-from data.cache import Cache
 from data.config import DataConfig, SourceConfig
-from data.filling import Filling
 from data.inspection import Inspector
-from data.samples import SampleTable
-from data.survey import take_survey
 from data.viewing import window_frames
 
 CASES = (("bigbuckbunny.mp4", "832x480x33"), ("bikes.mp4", "384x256x33"), ("bikes.mp4", "64x64x17"))
@@ -50,31 +47,10 @@ def measure(folder: Path, name: str, size: str, repeats: int) -> dict[str, objec
     write_set(folder / "clips", name)
     source = SourceConfig(path=folder / "clips")
     config = DataConfig(sources=[source], buckets=[size], windows_per_clip=WINDOWS, cache=folder / "cache")
-    calls = [0]
-
-    def encode_video(frames: np.ndarray) -> dict[str, torch.Tensor]:
-        calls[0] += 1
-        return {"latent": torch.zeros(16, *Bucket.parse(size).latent_shape)}
-
-    def encode_text(caption: str) -> torch.Tensor:
-        calls[0] += 1
-        return torch.zeros(40, 4096, dtype=torch.bfloat16)
-
+    encoders = StandIns((16, *Bucket.parse(size).latent_shape), torch.zeros(40, 4096, dtype=torch.bfloat16))
     with Inspector(config.cache, 60.0) as inspector:
-        survey = take_survey(config, inspector, folder / "data_report.jsonl", "vae")
-        samples, cache = SampleTable(survey.samples), Cache(config.cache)
-        Filling(
-            samples=samples,
-            cache=cache,
-            inspector=inspector,
-            fps=config.fps,
-            video_fingerprint="vae",
-            text_fingerprint="text",
-            encode_video=encode_video,
-            encode_text=encode_text,
-            progress=lambda stage, done, total: None,
-        ).run()
-        filled = calls[0]
+        samples, cache = fill_caches(config, inspector, folder / "data_report.jsonl", encoders)
+        filled = encoders.calls
         # Captions that were used before are held in memory, so the least that is read of them is none.
         data = TrainingData(samples, cache, config, text_fingerprint="text", memory_bytes=0)
         batches = ExpertBatches(data, "high", 0, {size: 4})
@@ -83,7 +59,7 @@ def measure(folder: Path, name: str, size: str, repeats: int) -> dict[str, objec
             frames = np.empty(1, np.uint8)
             for sample in samples:
                 frames = window_frames(sample, sample.start_seconds[0], config.fps, inspector)
-                encode_video(frames)
+                encoders.video(frames)
             return frames
 
         def with_caches() -> np.ndarray:
@@ -97,10 +73,10 @@ def measure(folder: Path, name: str, size: str, repeats: int) -> dict[str, objec
         for repeat in range(repeats + 1):
             works: list[tuple[str, Callable[[], np.ndarray]]] = [("without", without_caches), ("with", with_caches)]
             for what, work in works:
-                calls[0] = 0
+                encoders.calls = 0
                 spent = cpu_seconds(work, child)
                 if what == "with":
-                    assert calls[0] == 0
+                    assert encoders.calls == 0
                 if repeat:  # the first warms up
                     seconds[what].append(spent)
     ratios = [without / held for without, held in zip(seconds["without"], seconds["with"], strict=True)]
@@ -113,7 +89,7 @@ def measure(folder: Path, name: str, size: str, repeats: int) -> dict[str, objec
         "uncached_ms_a_sample": round(1e3 * float(np.median(seconds["without"])) / len(samples), 2),
         "cached_ms_a_sample": round(1e3 * float(np.median(seconds["with"])) / len(samples), 3),
         "encoder_calls_to_fill": filled,
-        "encoder_calls_cached": calls[0],
+        "encoder_calls_cached": encoders.calls,
     }
 
 

@@ -18,18 +18,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.filled import StandIns, fill_caches
 from benchmarks.reporting import report
 from data.batches import ExpertBatches, TrainingData
 from data.cache import Cache, text_key
 from data.config import DataConfig, SourceConfig
-from data.filling import Filling
 from data.inspection import Inspector, file_sha256
 from data.samples import SampleTable
 from data.survey import take_survey
 from wan_finetune.video import write_video
 
 SIZES = (100, 10_000)
-BUCKET = "64x64x17"
+BUCKET, LATENT = "64x64x17", (16, 5, 8, 8)
 ORIGINALS = 8
 """Clips that are encoded; the others are copies of them."""
 
@@ -66,7 +66,7 @@ def fill(folder: Path) -> None:
             inspector.index.get(path)
             assert inspector.index.put(path, file_sha256(path), {"info": records[number % ORIGINALS]})
         survey = take_survey(config, inspector, folder / "data_report.jsonl", "vae")
-    latent, text = {"latent": torch.zeros(16, 5, 8, 8)}, {"text": torch.zeros(8, 64)}
+    latent, text = {"latent": torch.zeros(LATENT)}, {"text": torch.zeros(8, 64)}
     cache.write("text", text_key("", "text"), text, {})
     for sample in SampleTable(survey.samples):
         for key in sample.latent_keys:
@@ -75,32 +75,11 @@ def fill(folder: Path) -> None:
             cache.write("text", text_key(orders[0], "text"), text, {})
 
 
-def prepare(folder: Path, encode_calls: list[int]) -> TrainingData:
+def prepare(folder: Path, encoders: StandIns) -> TrainingData:
     """What training does before its first step."""
     config = config_of(folder)
-
-    def encode_video(frames: np.ndarray) -> dict[str, torch.Tensor]:
-        encode_calls[0] += 1
-        return {"latent": torch.zeros(16, 5, 8, 8)}
-
-    def encode_text(caption: str) -> torch.Tensor:
-        encode_calls[0] += 1
-        return torch.zeros(8, 64)
-
     with Inspector(config.cache, 60.0) as inspector:
-        survey = take_survey(config, inspector, folder / "data_report.jsonl", "vae")
-        samples, cache = SampleTable(survey.samples), Cache(config.cache)
-        Filling(
-            samples=samples,
-            cache=cache,
-            inspector=inspector,
-            fps=config.fps,
-            video_fingerprint="vae",
-            text_fingerprint="text",
-            encode_video=encode_video,
-            encode_text=encode_text,
-            progress=lambda stage, done, total: None,
-        ).run()
+        samples, cache = fill_caches(config, inspector, folder / "data_report.jsonl", encoders)
     return TrainingData(samples, cache, config, text_fingerprint="text")
 
 
@@ -113,13 +92,13 @@ def cpu_seconds() -> float:
 def first_batch(folder: Path) -> None:
     """Print what a process has cost up to its first batch, and how often it has encoded anything."""
     imported = cpu_seconds()
-    calls = [0]
-    data = prepare(folder, calls)
+    encoders = StandIns(LATENT, torch.zeros(8, 64))
+    data = prepare(folder, encoders)
     batches = ExpertBatches(data, "high", 0, {BUCKET: 4})
     data.load(batches.places(0))
     started = cpu_seconds()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps([imported, started, calls[0], peak]))
+    print(json.dumps([imported, started, encoders.calls, peak]))
 
 
 def measure(folder: Path, repeats: int) -> dict[str, float]:

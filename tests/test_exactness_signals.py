@@ -146,7 +146,8 @@ def stop_through_launcher(
         assert started.poll() is None, (job / "log").read_text()
         processes = [int((job / f"pid-{rank}").read_text()) for rank in range(2)]
         os.kill(processes[rank] if to_rank else started.pid, number)
-        assert started.wait(timeout=15) == 143, (job / "log").read_text()
+        # A sharded step takes a while on a busy machine, and is waited for; orphans are not.
+        assert started.wait(timeout=90 if engine else 15) == 143, (job / "log").read_text()
         assert not [process for process in processes if is_running(process)]
     finally:
         started.kill()
@@ -172,24 +173,27 @@ def test_launcher_and_processes_end_in_every_phase(make_config, checkout, undist
         signal_through_launcher(make_config, checkout, undisturbed, phase, number, to_rank=bool(place % 2))
 
 
+# Each signal once to the launcher and once to a single rank.
+SHARDED = {"fsdp2": (False, True, False), "zero2": (True, False, True)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
-def test_under_a_sharding_engine_every_signal_leaves_a_checkpoint_that_goes_on_to_the_same_bytes(
+@pytest.mark.parametrize("engine", SHARDED)
+def test_under_a_sharding_engine_a_signal_leaves_a_checkpoint_that_goes_on_to_the_same_bytes(
     make_config,
     checkout,  # noqa: F811
     undisturbed,
     engine,
 ):
-    for place, (number, to_rank) in enumerate(itertools.product(SIGNALS, (False, True))):
-        phase = IN_TRAINING[place in (1, 4)]
-        name = f"{engine}-{number.name}-{'rank' if to_rank else 'launcher'}"
+    for number, to_rank, phase in zip(SIGNALS, SHARDED[engine], (*IN_TRAINING, "a step is taken"), strict=True):
+        name = f"{engine}-{number.name}"
         config = make_job(make_config, name, phase, "train.gradient_accumulation=1")
         said = stop_through_launcher(checkout, config, phase, number, to_rank, engine)
         assert said.count("stopping after high step 1, which is saved") == (phase == "a step is taken")
         assert said.count(f"stopped by {number.name}") == 1
-        if place == 0:  # goes on as it was begun; the others in one process, which is quicker
+        if number == SIGNALS[0]:  # goes on as it was begun; the others in one process, which is quicker
             resumed, job = launch(checkout, config, Fault(), engine)
-            assert resumed.wait(240) == 0, (job / "log").read_text()
+            assert resumed.wait(300) == 0, (job / "log").read_text()
             assert "going on from high step 1" in (job / "log").read_text()
             assert result(config) == undisturbed
         else:

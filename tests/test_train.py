@@ -202,6 +202,7 @@ def test_a_tracker_hears_of_every_step_by_experts_name(make_config, monkeypatch,
         time.sleep(0.1)
 
 
-def test_a_tracker_that_is_not_installed_is_named(make_config):
+def test_a_tracker_that_is_not_installed_is_named(make_config, monkeypatch):
+    monkeypatch.setattr("train.engine.find_spec", lambda name: None)
     with pytest.raises(InputError, match='"trackio": not installed; pip install trackio'):
         make_accelerator(make_config("tracking.tracker=trackio"))

@@ -118,7 +118,7 @@ def fsdp_plugin() -> "FullyShardedDataParallelPlugin":
 def deepspeed_plugin(config: Config) -> "DeepSpeedPlugin":
     """ZeRO-2 or ZeRO-3 as the launcher's variables say; precision and clipping are filled in from our configuration."""
     if find_spec("deepspeed") is None:
-        raise InputError('DeepSpeed is not installed; pip install "wan-finetune[deepspeed]", or start under FSDP2')
+        raise InputError('DeepSpeed is not installed; pip install ".[deepspeed]", or start under FSDP2')
     from accelerate.utils import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin()

@@ -18,8 +18,8 @@ from .expert_settings import OptimizerSettings
 
 CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "adamw": ("torch.optim:AdamW", "torch", {"fused": True}),
-    "adamw8bit": ("bitsandbytes.optim:AdamW8bit", "wan-finetune[bnb]", {}),
-    "paged_adamw8bit": ("bitsandbytes.optim:PagedAdamW8bit", "wan-finetune[bnb]", {}),
+    "adamw8bit": ("bitsandbytes.optim:AdamW8bit", ".[bnb]", {}),
+    "paged_adamw8bit": ("bitsandbytes.optim:PagedAdamW8bit", ".[bnb]", {}),
     # torch's own Adafactor scales its steps by the weights, so lora_B, which starts at zero, would hardly move.
     "adafactor": (
         "transformers.optimization:Adafactor",
@@ -28,10 +28,10 @@ CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "prodigy": (
         "prodigyopt:Prodigy",
-        "wan-finetune[optimizers]",
+        ".[optimizers]",
         {"use_bias_correction": True, "safeguard_warmup": True},
     ),
-    "schedulefree": ("schedulefree:AdamWScheduleFree", "wan-finetune[optimizers]", {}),
+    "schedulefree": ("schedulefree:AdamWScheduleFree", ".[optimizers]", {}),
     # Updates of the size of AdamW's, so that its learning rates hold.
     "muon": ("torch.optim:Muon", "torch>=2.9", {"adjust_lr_fn": "match_rms_adamw"}),
 }
