@@ -151,6 +151,31 @@ def test_the_gradient_is_clipped_once_whoever_clips(pair, alone, make_config, en
         assert torch.allclose(moment, entry["exp_avg"] * factor, rtol=1e-5, atol=1e-12)
 
 
+def test_each_expert_has_a_largest_gradient_of_its_own(alone, make_config):
+    free = {expert: alone(make_config(*ONE), 1, expert=expert) for expert in ("high", "low")}
+    config = make_config(*ONE, "high.optimizer.gradient_clip=0.01")
+    held = {expert: alone(config, 1, expert=expert) for expert in ("high", "low")}
+    assert same(held["low"].state, free["low"].state) and not same(held["high"].state, free["high"].state)
+    # Adam's first moment is a tenth of the gradient or less: clipped it has a hundredth's norm, by the same share.
+    moments = [torch.cat([e["exp_avg"].flatten() for e in run.state.optimizer["state"].values()]) for run in
+               (free["high"], held["high"])]  # fmt: skip
+    before = free["high"].outcome["norms"][0]
+    assert held["high"].outcome["norms"] == [before] and before > 0.05
+    assert float(moments[1].norm() / moments[0].norm()) == pytest.approx(0.01 / before, rel=1e-4)
+
+
+def test_an_epoch_that_ends_within_an_accumulated_step_changes_nothing(alone, make_config):
+    steps = ("high.steps=8", "optimizer.gradient_clip=1000")
+    whole = alone(make_config("train.batch_size=4", "train.gradient_accumulation=1", *steps), 8)
+    parts = alone(make_config("train.batch_size=1", "train.gradient_accumulation=4", *steps), 8)
+    # 22 clips are trained on, two are held out: the epoch ends after two micro-batches of the sixth step.
+    config = make_config(*steps)
+    used = (config.run_folder / "data_report.jsonl").read_text().count('"used": true') - config.validation.clips
+    assert 0 < used % 4 and used < 4 * 8
+    assert parts.outcome["losses"] == pytest.approx(whole.outcome["losses"], abs=1e-5, rel=0)
+    assert parts.outcome["rates"] == whole.outcome["rates"] and parts.state.step == whole.state.step == 8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_in_bf16_the_lora_and_the_time_path_stay_fp32(pair, alone, make_config, engine):

@@ -161,6 +161,16 @@ def test_noise_levels_are_spread_over_the_batch():
     assert sorted((place * 8).floor().clamp(0, 7).tolist()) == list(range(8))
 
 
+def test_each_place_of_the_batch_sees_the_whole_distribution_over_the_steps():
+    # Spread over the batch, and yet no clip is tied to a noise level: over steps each place draws what all together do.
+    levels = noise_levels(FlowSettings(shift=5.0), HIGH.interval(0.875), SamplingSettings())
+    drawn = torch.cat([draws(step=step, positions=range(3, 4), levels=levels).sigma for step in range(2000)])
+    edges = unshift_sigma(torch.tensor([0.875, 1.0], dtype=torch.float64), 5.0)
+    place = ((unshift_sigma(drawn.double(), 5.0) - edges[0]) / (edges[1] - edges[0])).sort().values
+    distance = (place - (torch.arange(2000) + 0.5) / 2000).abs().max()
+    assert distance < 1.36 / 2000**0.5  # Kolmogorov and Smirnov's bound at 95%
+
+
 def test_expert_names_are_diffusers(tiny_base: Path):
     index = json.loads((tiny_base / "model_index.json").read_text())
     assert HIGH.component == "transformer" and LOW.component == "transformer_2"
