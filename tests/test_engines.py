@@ -171,7 +171,7 @@ def test_an_epoch_that_ends_within_an_accumulated_step_changes_nothing(alone, ma
     # 22 clips are trained on, two are held out: the epoch ends after two micro-batches of the sixth step.
     config = make_config(*steps)
     used = (config.run_folder / "data_report.jsonl").read_text().count('"used": true') - config.validation.clips
-    assert 0 < used % 4 and used < 4 * 8
+    assert used % 4 > 0 and used < 4 * 8
     assert parts.outcome["losses"] == pytest.approx(whole.outcome["losses"], abs=1e-5, rel=0)
     assert parts.outcome["rates"] == whole.outcome["rates"] and parts.state.step == whole.state.step == 8
 

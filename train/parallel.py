@@ -196,7 +196,8 @@ class ZeroParallel(Parallel):
                     key: safe_get_full_optimizer_state(parameter, key) if value.ndim else value
                     for key, value in flat.items()
                 }
-            groups.append({**group, "params": list(numbers)})
+            # In torch's order, so that files do not tell which engine wrote them.
+            groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": list(numbers)})
         return on_cpu({"state": state if flat else {}, "param_groups": groups})
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
