@@ -3,11 +3,14 @@
 import copy
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -198,6 +201,26 @@ def test_an_optimizer_whose_state_cannot_be_cut_up_is_refused(monkeypatch, engin
     monkeypatch.setattr(parallel, "engine_name", lambda accelerator: engine)
     with pytest.raises(InputError, match=f"Adafactor does not run under {engine}.*ddp.yaml"):
         parallel.parallelize(None, model, torch.optim.Adafactor(model.parameters()), {}, 1.0)
+
+
+# --- docs/engines.md -------------------------------------------------------------------------------------------------
+
+
+def test_the_pages_commands_name_what_is_there(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    for name in re.findall(r"(?:configs|tests)/[\w/]+\.\w+", page):
+        assert (ROOT / name).is_file(), name
+    for name in re.findall(r"`(\w+)\.yaml`|`(two_nodes_\w+)`", page):
+        assert (ROOT / "configs" / "accelerate" / f"{''.join(name)}.yaml").is_file(), name
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"\.\[(\w+)\]", page)) <= extras.keys()
+    launches = re.findall(r"^\.venv/bin/accelerate launch (.*)$", page, re.M)
+    assert launches
+    for line in launches:
+        parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(shlex.split(line)))
+        assert parsed.module and parsed.training_script == "train"
+        assert Path(parsed.training_script_args[1]).is_file()
 
 
 # --- SLURM -----------------------------------------------------------------------------------------------------------
