@@ -79,7 +79,7 @@ class Pair:
         expert: str = "high",
         start: Trained | None = None,
         spoiled: str = "",
-        timeout_seconds: float = 150,
+        timeout_seconds: float = 300,
     ) -> Trained:
         number, self.jobs = self.jobs, self.jobs + 1
         result = self.folder / f"result-{number}"
