@@ -3,7 +3,8 @@
 Traced with fake tensors, so nothing is computed and no GPU is needed: every storage that an operator makes is counted
 from its birth to its death. The base's weights are not among them. Two and four blocks are traced; what a block adds is
 the same for each, so forty follow. Linears and attentions that run are counted in the same pass. `peft_default` is a
-plain diffusers + PEFT loop: full checkpointing, fp32 LoRA under autocast.
+plain diffusers + PEFT loop: full checkpointing, fp32 LoRA under autocast. `stock_block` is that without PEFT's casts of
+LoRA inputs: what `full` would be without lean blocks.
 
 `rounding` is measured with real numbers: how far a matrix of Wan's spread (normal, deviation 0.02) is from its packed
 form, relative to its own norm.
@@ -24,7 +25,7 @@ from benchmarks.reporting import report
 from wan_finetune.memory.checkpointing import Checkpointing, keep_lora_inputs_as_they_are
 from wan_finetune.memory.settings import MemorySettings
 
-WAYS = ("peft_default", "none", "selective", "full", "offloaded")
+WAYS = ("peft_default", "stock_block", "none", "selective", "full", "offloaded")
 SHAPES = {"832x480x33": (9, 60, 104), "832x480x81": (21, 60, 104)}
 BLOCKS = 40
 
@@ -106,8 +107,10 @@ def traced(way: str, layers: int, shape: tuple[int, int, int]) -> tuple[int, int
     model = make_model(layers)
     with FakeTensorMode(allow_non_fake_inputs=True):
         make_fake(model)
-        if way == "peft_default":
+        if way in ("peft_default", "stock_block"):
             model.enable_gradient_checkpointing()
+            if way == "stock_block":
+                keep_lora_inputs_as_they_are(model)
         else:
             # All of `Fitting` but the move to the device, which fake parameters do not stand.
             Checkpointing(model, MemorySettings(checkpointing=way), torch.device("cpu"))

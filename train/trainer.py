@@ -99,6 +99,8 @@ class ExpertTrainer:
             home=home_device(accelerator),
             autocast=config.train.mixed_precision != "no",
         )
+        if self.fitting.note:
+            say(self.fitting.note)
         model.train()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         require_whole_weights(self.settings, accelerator.distributed_type.value)
@@ -293,8 +295,8 @@ class ExpertTrainer:
         self.save_state()
         self.model = self.optimizer = self.average = None
         self.parameters = []
-        self.parallel.close()
         self.fitting.close()
+        self.parallel.close()
         self.bases.release(self.expert)
         unmoved = [name for name, value in self.start.items() if torch.equal(value, self.state.weights[name])]
         if self.state.step and unmoved:
