@@ -105,16 +105,15 @@ def make_fake(model: nn.Module) -> None:
 def traced(way: str, layers: int, shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """Peak bytes of one forward and backward pass, attentions and matrix products that ran."""
     model = make_model(layers)
+    if way in ("peft_default", "stock_block"):
+        model.enable_gradient_checkpointing()
+    else:
+        # All of `Fitting` but the move to the device, which fake parameters do not stand.
+        Checkpointing(model, MemorySettings(checkpointing=way), torch.device("cpu"))
+    if way != "peft_default":
+        keep_lora_inputs_as_they_are(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         make_fake(model)
-        if way in ("peft_default", "stock_block"):
-            model.enable_gradient_checkpointing()
-            if way == "stock_block":
-                keep_lora_inputs_as_they_are(model)
-        else:
-            # All of `Fitting` but the move to the device, which fake parameters do not stand.
-            Checkpointing(model, MemorySettings(checkpointing=way), torch.device("cpu"))
-            keep_lora_inputs_as_they_are(model)
         latents = torch.empty(1, 16, *shape)
         text, time = torch.empty(1, 512, 4096), torch.empty(1)
         tracker = LiveBytes()

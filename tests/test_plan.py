@@ -369,12 +369,12 @@ def test_without_a_gpu_the_steps_are_in_host_memory(capsys, without_gpu):
 
 
 def test_the_smallest_gpu_that_is_there_is_planned_for(capsys, monkeypatch):
-    there = [("NVIDIA H100 80GB HBM3", 80 * GIB), ("NVIDIA L40S", 36 * GIB)]
+    there = [("NVIDIA H100 80GB HBM3", 80 * GIB), ("NVIDIA L40S", 40 * GIB)]
     monkeypatch.setattr("train.hardware.nvidia_gpus", lambda: there)
     code, out, _ = run_main(capsys, "--config", ROOT / "configs" / "a14b.toml", "--json")
     plan = json.loads(out)
     assert (plan["gpu"]["title"], plan["gpu"]["count"], plan["rates"]["name"]) == ("NVIDIA L40S", 2, "L40S")
-    assert plan["gpu"]["memory_bytes"] == 36 * GIB and {row["fits"] for row in plan["steps"]} == {False, True}
+    assert plan["gpu"]["memory_bytes"] == 40 * GIB and {row["fits"] for row in plan["steps"]} == {False, True}
     # This machine's own memory is asked as well, which two processes and two denoisers fill.
     monkeypatch.setattr("train.hardware.host_memory_bytes", lambda: 60 * GIB)
     code, out, _ = run_main(capsys, "--config", ROOT / "configs" / "a14b.toml", "--json")
