@@ -3,7 +3,8 @@
 Traced with fake tensors, so nothing is computed and no GPU is needed: every storage that an operator makes is counted
 from its birth to its death. The base's weights are not among them. Two and four blocks are traced; what a block adds is
 the same for each, so forty follow. Linears and attentions that run are counted in the same pass. `peft_default` is a
-plain diffusers + PEFT loop: full checkpointing, fp32 LoRA under autocast.
+plain diffusers + PEFT loop: full checkpointing, fp32 LoRA under autocast. `stock_block` is that without PEFT's casts of
+LoRA inputs: what `full` would be without lean blocks.
 
 `rounding` is measured with real numbers: how far a matrix of Wan's spread (normal, deviation 0.02) is from its packed
 form, relative to its own norm.
@@ -24,7 +25,7 @@ from benchmarks.reporting import report
 from wan_finetune.memory.checkpointing import Checkpointing, keep_lora_inputs_as_they_are
 from wan_finetune.memory.settings import MemorySettings
 
-WAYS = ("peft_default", "none", "selective", "full", "offloaded")
+WAYS = ("peft_default", "stock_block", "none", "selective", "full", "offloaded")
 SHAPES = {"832x480x33": (9, 60, 104), "832x480x81": (21, 60, 104)}
 BLOCKS = 40
 
@@ -104,14 +105,15 @@ def make_fake(model: nn.Module) -> None:
 def traced(way: str, layers: int, shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """Peak bytes of one forward and backward pass, attentions and matrix products that ran."""
     model = make_model(layers)
+    if way in ("peft_default", "stock_block"):
+        model.enable_gradient_checkpointing()
+    else:
+        # All of `Fitting` but the move to the device, which fake parameters do not stand.
+        Checkpointing(model, MemorySettings(checkpointing=way), torch.device("cpu"))
+    if way != "peft_default":
+        keep_lora_inputs_as_they_are(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         make_fake(model)
-        if way == "peft_default":
-            model.enable_gradient_checkpointing()
-        else:
-            # All of `Fitting` but the move to the device, which fake parameters do not stand.
-            Checkpointing(model, MemorySettings(checkpointing=way), torch.device("cpu"))
-            keep_lora_inputs_as_they_are(model)
         latents = torch.empty(1, 16, *shape)
         text, time = torch.empty(1, 512, 4096), torch.empty(1)
         tracker = LiveBytes()

@@ -45,19 +45,15 @@ def ratios(num_layers: tuple[int, ...]) -> dict[str, dict[str, float]]:
         for bucket, batch in BATCHES.items():
             for name, lora in LORAS.items():
                 for policy in POLICIES:
-                    for casts in (True, False):
-                        settings = TraceSettings(checkpointing=policy, cast_lora_input=casts)
-                        precision = Precision(casts_lora_input=casts)
-                        planned = step_memory(batch, dims, lora, precision, MemoryPolicy(checkpointing=policy))
-                        traced = trace_memory(dims, lora, batch, settings)[0]
-                        key = f"{layers} layers, {bucket}, {name}, {policy}, {'cast' if casts else 'uncast'}"
-                        found[key] = {
-                            "peak": round(planned.total / traced, 5),
-                            "peak_without_base": round((planned.total - planned.base) / (traced - planned.base), 5),
-                        }
-                        if casts:
-                            counted = trace_flops(dims, lora, batch, settings)
-                            found[key]["flops"] = round(step_flops(batch, dims, lora, policy).total / counted, 7)
+                    settings = TraceSettings(checkpointing=policy)
+                    planned = step_memory(batch, dims, lora, Precision(), MemoryPolicy(checkpointing=policy))
+                    traced = trace_memory(dims, lora, batch, settings)[0]
+                    counted = trace_flops(dims, lora, batch, settings)
+                    found[f"{layers} layers, {bucket}, {name}, {policy}"] = {
+                        "peak": round(planned.total / traced, 5),
+                        "peak_without_base": round((planned.total - planned.base) / (traced - planned.base), 5),
+                        "flops": round(step_flops(batch, dims, lora, policy).total / counted, 7),
+                    }
     return found
 
 
@@ -92,7 +88,7 @@ def main() -> None:
     report(
         "planner",
         {
-            "flops_over_counter": span([r["flops"] for r in found.values() if "flops" in r]),
+            "flops_over_counter": span([r["flops"] for r in found.values()]),
             "peak_over_traced": span([r["peak"] for r in found.values()]),
             "peak_over_traced_without_base": span([r["peak_without_base"] for r in found.values()]),
             "commands": {name: command_seconds(options, arguments.runs) for name, options in COMMANDS.items()},

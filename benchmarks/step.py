@@ -2,13 +2,16 @@
 
 The bare step is what anybody would write on the same model: forward, backward, clip, fused AdamW, with batch, noise and
 noise level at hand. The trainer's step draws them, reads the batch from the cache, checks the result and records it.
-Operators are counted; the one `tolist` of loss and norm, which waits for a GPU, is none. Processor time is taken in
+Operators are counted at the pocket model's depth and at A14B's, forty layers, there of little width; the one `tolist` of
+loss and norm, which waits for a GPU, is none. Processor time is taken in
 interleaved pairs, with bare against bare as the control. With a model that does next to nothing, what is left is the
 loop itself.
 """
 
 import argparse
+import itertools
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -36,6 +39,8 @@ from wan_finetune.lora import LoraSettings
 from wan_finetune.settings import load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
+DEPTH = 40
+"""Layers of an expert of A14B."""
 SYNCS = ("aten._local_scalar_dense.default", "aten.is_nonzero.default")
 
 
@@ -52,16 +57,32 @@ class Counter(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-def make_trainer(folder: Path, clips: int) -> ExpertTrainer:
+def deep_base(folder: Path) -> Path:
+    """The pocket base with two denoisers of forty narrow layers, of random weights."""
+    from diffusers import WanTransformer3DModel
+
+    shutil.copytree(base_folder("pocket"), folder)
+    for component in ("transformer", "transformer_2"):
+        config = WanTransformer3DModel.load_config(folder / component)
+        shutil.rmtree(folder / component)
+        narrow = {"num_layers": DEPTH, "num_attention_heads": 1, "attention_head_dim": 24, "ffn_dim": 48}
+        WanTransformer3DModel.from_config({**config, **narrow}).save_pretrained(folder / component)
+    return folder
+
+
+def make_trainer(folder: Path, clips: int, base: str = "pocket") -> ExpertTrainer:
     """The low-noise expert of the default job, with so many clips in a step."""
     config = load_settings(
         Config,
         ROOT / "configs" / "pocket.toml",
-        [f"run.folder='{folder}'", f"data.cache='{folder}/cache'", "low.steps=100000", f"train.batch_size={clips}"],
+        [
+            *[f"run.folder='{folder}'", f"data.cache='{folder}/cache'", f"model.base='{base}'"],
+            *["low.steps=100000", f"train.batch_size={clips}"],
+        ],
     )
     accelerator = make_accelerator(config)
     data = prepare_data(config, accelerator)
-    return ExpertTrainer(config, "low", ExpertState(), base_folder("pocket"), data, accelerator)
+    return ExpertTrainer(config, "low", ExpertState(), base_folder(base), data, accelerator)
 
 
 def bare_step(trainer: ExpertTrainer) -> Callable[[], None]:
@@ -90,6 +111,18 @@ def count(step: Callable[[], object]) -> tuple[int, int]:
     with Counter() as counter:
         step()
     return counter.operators, counter.syncs
+
+
+def counts(trainer: ExpertTrainer, bare: Callable[[], None]) -> dict[str, float]:
+    """Operators of the trainer's step beside those of the bare one."""
+    (ours, waits), (least, _) = count(trainer.take_step), count(bare)
+    return {
+        "trainer": ours,
+        "bare": least,
+        "ratio": ours / least,
+        "more_of_them": ours - least,
+        "waits_for_the_device": waits,
+    }
 
 
 def cpu_seconds(step: Callable[[], object]) -> float:
@@ -202,26 +235,21 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         operators, loop = {}, {}
-        for clips in (8, 1):
-            trainer = make_trainer(Path(name), clips)
+        deep = str(deep_base(Path(name) / "deep"))
+        for base, clips in itertools.product(("pocket", deep), (8, 1)):
+            trainer = make_trainer(Path(name), clips, base)
             bare = bare_step(trainer)
-            (ours, waits), (least, _) = count(trainer.take_step), count(bare)
-            if clips == 8:
-                control, ratios = paired(bare, bare, pairs), paired(bare, trainer.take_step, pairs)
-            operators[f"{clips} clips"] = {
-                "trainer": ours,
-                "bare": least,
-                "ratio": ours / least,
-                "more_of_them": ours - least,
-                "waits_for_the_device": waits,
-            }
-            loop[f"{clips} clips"] = loop_overhead_ms(trainer, 300)
+            operators[f"{trainer.num_blocks} layers, {clips} clips"] = counts(trainer, bare)
+            if base == "pocket":
+                loop[f"{clips} clips"] = loop_overhead_ms(trainer, 300)
+                if clips == 8:
+                    control, ratios = paired(bare, bare, pairs), paired(bare, trainer.take_step, pairs)
             trainer.prefetcher.close()
         files = file_ratios(Path(name), 7)
     report(
         "step",
         {
-            "operators": {"layers": trainer.num_blocks, **operators, "target": 1.01},
+            "operators": {**operators, "target": 1.01, "target_at": f"{DEPTH} layers"},
             "cpu_time": {
                 "pairs": pairs,
                 "ratio": statistics.median(ratios),

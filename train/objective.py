@@ -102,8 +102,8 @@ def draw(
     slices = torch.randperm(global_batch, generator=torch_rng(seed, expert, "strata", step))
     inside, noise = torch.empty(len(positions)), torch.empty(len(positions), *shape)
     for place, position in enumerate(positions):
-        torch.rand((), generator=torch_rng(seed, expert, "sigma", step, position), out=inside[place])
-        torch.randn(shape, generator=torch_rng(seed, expert, "noise", step, position), out=noise[place])
+        inside[place].uniform_(generator=torch_rng(seed, expert, "sigma", step, position))
+        noise[place].normal_(generator=torch_rng(seed, expert, "noise", step, position))
     uniform = (slices[positions.start : positions.stop] + inside) / global_batch
     return Draws(sigma=levels(uniform), noise=noise)
 

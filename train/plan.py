@@ -111,7 +111,6 @@ def trace(run: "RunNumbers", rows: "list[BucketPlan]") -> "dict[str, Exact]":
             checkpointing="full" if row.bucket.checkpointing == "offloaded" else row.bucket.checkpointing,
             base_dtype=torch.bfloat16 if training.precision.base_bytes == 2 else torch.float32,
             autocast=training.precision.autocast,
-            cast_lora_input=training.precision.casts_lora_input,
             accumulated=expert.policy.accumulates,
         )
         key = (expert.lora, batch, settings)

@@ -64,7 +64,6 @@ def precision_of(config: Config) -> Precision:
     return Precision(
         base_bytes={"bfloat16": 2, "float32": 4}[config.model.dtype],
         autocast=config.train.mixed_precision == "bf16",
-        casts_lora_input=False,
     )
 
 

@@ -99,6 +99,8 @@ class ExpertTrainer:
             home=home_device(accelerator),
             autocast=config.train.mixed_precision != "no",
         )
+        if self.fitting.note:
+            say(self.fitting.note)
         model.train()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         require_whole_weights(self.settings, accelerator.distributed_type.value)
@@ -179,14 +181,15 @@ class ExpertTrainer:
 
     def backward(self, work: StepWork, step: int, splits: int) -> Tensor:
         """One pass over the micro-batches, each in `splits` parts; the mean loss, on the device."""
-        total = torch.zeros((), device=self.accelerator.device)
+        losses = []
         parts = [part for index in range(len(work.micro_batches)) for part in self.parts_of(work, index, splits)]
         for number, part in enumerate(parts):
             with self.parallel.micro_batch(last=number == len(parts) - 1):
-                loss = self.loss_of(part, step, len(work.places)) * part.share
+                loss = self.loss_of(part, step, len(work.places))
+                loss = loss if len(parts) == 1 else loss * part.share
                 self.parallel.backward(loss)
-            total += loss.detach()
-        return total
+            losses.append(loss.detach())
+        return sum(losses[1:], losses[0])
 
     def parts_of(self, work: StepWork, index: int, splits: int) -> list[BatchPart]:
         """A micro-batch, cut into at most `splits` parts."""
@@ -194,7 +197,7 @@ class ExpertTrainer:
         size = -(-len(positions) // splits)
         return [
             BatchPart(
-                batch=batch.part(start, start + size),
+                batch=batch.part(start, start + size) if splits > 1 else batch,
                 positions=positions[start : start + size],
                 share=len(positions[start : start + size]) / (len(positions) * len(work.micro_batches)),
             )
@@ -238,8 +241,9 @@ class ExpertTrainer:
             levels=self.levels,
             shape=latents.shape[1:],
         )
-        # LoRA's dropout draws from torch's own generator, and within a checkpointed block again from the same state.
-        torch.manual_seed(seed_at(self.config.run.seed, self.expert, "dropout", step, part.positions.start))
+        if self.settings.lora.dropout:
+            # It draws from torch's own generator, and within a checkpointed block again from the same state.
+            torch.manual_seed(seed_at(self.config.run.seed, self.expert, "dropout", step, part.positions.start))
         flow, device = self.settings.flow, self.accelerator.device
         errors = flow_matching_error(self.model, latents, pad_text(batch.text), draws, flow, device)
         return weighted_loss(errors, batch.masks, batch.weights * level_weights(draws.sigma, flow))
@@ -293,8 +297,8 @@ class ExpertTrainer:
         self.save_state()
         self.model = self.optimizer = self.average = None
         self.parameters = []
-        self.parallel.close()
         self.fitting.close()
+        self.parallel.close()
         self.bases.release(self.expert)
         unmoved = [name for name, value in self.start.items() if torch.equal(value, self.state.weights[name])]
         if self.state.step and unmoved:

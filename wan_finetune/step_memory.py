@@ -4,7 +4,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from .activations import BlockSizes, Precision, block_saved, passing_tensors
+from .activations import BlockSizes, Precision, block_saved, lean_passing_tensors, passing_tensors
 from .costs import (
     FP32_BYTES,
     Checkpointing,
@@ -104,8 +104,11 @@ def worst_moment(
         ranks = lora.ranks(layer, dims)
         key = (*ranks.values(), inputs)
         if key not in known:
-            passing = passing_tensors(batch, dims, lora, ranks, precision, checkpointed)
-            known[key] = block_saved(batch, dims, lora, ranks, precision, inputs), passing
+            passing_of = lean_passing_tensors if checkpointed else passing_tensors
+            known[key] = (
+                block_saved(batch, dims, lora, ranks, precision, inputs, lean=checkpointed),
+                passing_of(batch, dims, lora, ranks, precision),
+            )
         saved, passing = known[key]
         waiting = sum(trainable) if accumulates else sum(trainable[layer + 1 :])
         kept = checkpoint_inputs(layer, dims, sizes, checkpointing)
@@ -152,8 +155,14 @@ def weight_bytes(
         compute += max(wide * high for wide, high in block_linears(dims).values()) * precision.activation_bytes
     elif policy.quantization != "none" or precision.base_bytes != precision.activation_bytes:
         # Autograd saves the weights with which a product was computed whose input needs a gradient.
-        layers = range(dims.num_layers) if policy.checkpointing == "none" else [dims.num_layers - 1]
-        compute += sum(saved_weights(dims, lora, layer) for layer in layers) * precision.activation_bytes
+        last = dims.num_layers - 1
+        if policy.checkpointing == "none":
+            weights = sum(saved_weights(dims, lora, layer) for layer in range(dims.num_layers))
+        else:
+            # The block's last linear has let go of its own by the worst moment.
+            wide, high = block_linears(dims)["ffn.net.2"]
+            weights = saved_weights(dims, lora, last) - wide * high * gradients(lora.ranks(last, dims), last > 0).inner
+        compute += weights * precision.activation_bytes
     return base, compute
 
 

@@ -1,15 +1,14 @@
 """A LoRA step of the real denoiser on tensors without storage: what it allocates, and how many operations it takes.
 
-The model is diffusers', the LoRA PEFT's, the backward pass torch's own. Only the bytes are not there
-(`FakeTensorMode`), so that A14B at full size is traced on any machine in seconds. Fake tensors say they lie on the
-CPU: a build of torch without CUDA aborts on fake CUDA tensors. What a kernel takes inside, such as a workspace of
-cuBLAS, does not show.
+The model is diffusers', the LoRA PEFT's, checkpointing the trainer's, the backward pass torch's own. Only the bytes are
+not there (`FakeTensorMode`), so that A14B at full size is traced on any machine in seconds. Fake tensors say they lie
+on the CPU: a build of torch without CUDA aborts on fake CUDA tensors. What a kernel takes inside, such as a workspace
+of cuBLAS, does not show.
 """
 
-import functools
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -42,8 +41,6 @@ class TraceSettings:
     base_dtype: torch.dtype = torch.bfloat16
     autocast: bool = True
     """bf16 autocast over the forward pass."""
-    cast_lora_input: bool = True
-    """PEFT's default: the input of a LoRA is cast to the dtype of its weights."""
     accumulated: bool = False
     """Gradients of earlier micro-batches are there already."""
 
@@ -129,24 +126,20 @@ def backward_of_micro_batch(
     model: nn.Module, dims: TransformerDims, batch: MicroBatch, settings: TraceSettings
 ) -> None:
     """Forward, flow-matching loss and backward, as in training."""
-    from peft.helpers import disable_input_dtype_casting
-
     frames = 1 + (batch.num_frames - 1) // TEMPORAL_STRIDE
     side = SPATIAL_MULTIPLE // 2
     shape = (batch.clips, dims.in_channels, frames, batch.height // side, batch.width // side)
     latents, noise, sigma = torch.empty(shape), torch.empty(shape), torch.empty(batch.clips, 1, 1, 1, 1)
     text = torch.empty(batch.clips, batch.text_tokens, dims.text_dim, dtype=settings.base_dtype)
-    casting = nullcontext() if settings.cast_lora_input else disable_input_dtype_casting(model)
-    with casting:
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
-            predicted = model(
-                hidden_states=(1.0 - sigma) * latents + sigma * noise,
-                timestep=sigma.flatten() * 1000,
-                encoder_hidden_states=text,
-                return_dict=False,
-            )[0].float()
-        loss = (predicted - (noise - latents)).square().mean()
-        loss.backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
+        predicted = model(
+            hidden_states=(1.0 - sigma) * latents + sigma * noise,
+            timestep=sigma.flatten() * 1000,
+            encoder_hidden_states=text,
+            return_dict=False,
+        )[0].float()
+    loss = (predicted - (noise - latents)).square().mean()
+    loss.backward()
 
 
 def build(dims: TransformerDims, lora: LoraShape, settings: TraceSettings) -> nn.Module:
@@ -154,6 +147,9 @@ def build(dims: TransformerDims, lora: LoraShape, settings: TraceSettings) -> nn
     from diffusers import WanTransformer3DModel
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
+
+    from .memory.checkpointing import Checkpointing, keep_lora_inputs_as_they_are
+    from .memory.settings import MemorySettings
 
     with torch.device("meta"):
         model = WanTransformer3DModel(
@@ -173,8 +169,10 @@ def build(dims: TransformerDims, lora: LoraShape, settings: TraceSettings) -> nn
             parameter.data = parameter.data.to(torch.float32 if kept else settings.base_dtype)
         model.add_adapter(LoraConfig(lora_dropout=lora.dropout, **injected(lora, dims)))
     cast_training_params(model, torch.float32)
-    if settings.checkpointing != "none":
-        model.enable_gradient_checkpointing(checkpoint_function(settings.checkpointing))
+    # All of `Fitting` but the move to the device, which fake tensors do not stand.
+    Checkpointing(model, MemorySettings(checkpointing=settings.checkpointing), torch.device("cpu"))
+    if settings.autocast:
+        keep_lora_inputs_as_they_are(model)
     return model.train()
 
 
@@ -184,22 +182,6 @@ def injected(lora: LoraShape, dims: TransformerDims) -> dict[str, Any]:
         return {"r": lora.rank, "target_modules": list(lora.targets)}
     there = {name: rank for name, rank in lora.modules if int(name.split(".")[1]) < dims.num_layers}
     return {"r": lora.rank, "target_modules": list(there), "rank_pattern": {f"^{n}": r for n, r in there.items()}}
-
-
-def checkpoint_function(checkpointing: Checkpointing) -> Callable[..., Any]:
-    """How a block is checkpointed: "selective" keeps the output of self-attention, whose keys are its own tokens."""
-    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-    def policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
-        is_attention = "scaled_dot_product" in str(operator)
-        if is_attention and args[0].shape[-2] == args[1].shape[-2]:
-            return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
-
-    if checkpointing != "selective":
-        return functools.partial(checkpoint, use_reentrant=False)
-    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-    return functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager

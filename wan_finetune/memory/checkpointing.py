@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..errors import InputError
+from .lean import Lean
 from .offloading import InputOffload
 from .settings import MemorySettings, Policy
 
@@ -40,6 +41,7 @@ class Checkpointing:
         self.policy: Policy = settings.checkpointing
         self.offload = InputOffload(device)
         self.kept_attentions = 0
+        self.lean = Lean(model)
         model.enable_gradient_checkpointing(gradient_checkpointing_func=self.run)
 
     def use(self, bucket: str) -> None:
@@ -48,6 +50,7 @@ class Checkpointing:
 
     def run(self, block: nn.Module, hidden_states: Tensor, *others: Any) -> Tensor:
         """One block's forward pass; what it keeps for the backward pass is the policy's."""
+        self.lean.on = self.policy != "none"
         if self.policy == "none":
             return block(hidden_states, *others)
         if self.policy == "offloaded":
