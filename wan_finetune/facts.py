@@ -76,7 +76,7 @@ def metadata_of(adapter: "Adapter", implementation: str) -> dict[str, str]:
 
 
 def modelspec(adapter: "Adapter", implementation: str) -> dict[str, str]:
-    """Keys of Stability AI's ModelSpec 1.0.0, which other tools show; no date, so that equal adapters are equal files."""
+    """Keys of Stability AI's ModelSpec 1.0.0, which other tools show; undated: equal adapters are equal files."""
     about, expert = kept(adapter.about), EXPERTS[adapter.expert]
     family = "wan2.1" if adapter.expert == "single" else "wan2.2"
     trigger, base = about.get("trigger", ""), about.get("base", family)

@@ -1,10 +1,11 @@
-"""From what a file holds to an adapter: keys matched one by one, and scales as the file, PEFT's settings or nothing says."""
+"""From a file's content to an adapter: keys matched one by one, scales from tensors, PEFT's settings, or neither."""
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ class Held:
     experts: set[ExpertName] = field(default_factory=set)
     """Whose halves the file marks, of a file with both."""
 
-    @property
+    @cached_property
     def ranks(self) -> dict[str, int]:
-        """Module -> rank, by lora_A."""
+        """Module -> rank, by lora_A; asked when all is in."""
         return {n.removesuffix(".lora_A.weight"): v.shape[0] for n, v in self.weights.items() if ".lora_A." in n}
 
 

@@ -23,7 +23,7 @@ class Meaning(NamedTuple):
 
 
 EXPERT_MARKS: dict[str, Literal["high", "low"]] = {"transformer_1.": "high", "transformer_2.": "low"}
-"""ai-toolkit marks both in a file for both; a `transformer_2.` of diffusers' makers has plain `transformer.` beside it."""
+"""ai-toolkit marks both in a file for both; others have a plain `transformer.` beside `transformer_2.`."""
 PREFIX = re.compile(r"(?:(?:base_model\.model|pipe\.dit|diffusion_model|transformer_[12]|transformer)\.|lora_unet__?)*")
 ENDING = re.compile(
     r"(?P<module>.+?)\.(?:"
