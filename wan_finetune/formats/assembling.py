@@ -16,7 +16,7 @@ from torch import Tensor
 from ..adapters import Adapter
 from ..errors import InputError
 from ..experts import EXPERTS, ExpertName
-from ..facts import ABOUT, DERIVED, kept
+from ..facts import ABOUT, DERIVED, kept, listed
 from ..lora import matches
 from .files import Opened
 from .keys import Meaning, meaning, shown, why_not
@@ -142,6 +142,7 @@ def assemble(
     marked = next(iter(held.experts)) if len(held.experts) == 1 else None
     said = about.pop("expert", None) or opened.metadata.get("expert") or marked
     found = checked_expert(path, said, expert)
+    recorded = about.get("alpha")
     named = targets_of(about, held.ranks)
     try:
         adapter = from_config(found, held, dict(config or {}), kept(about))
@@ -152,7 +153,12 @@ def assemble(
             f"{path}: was started by {shown(start, 20)}, which changed the base, so its weights alone are no update of "
             "it; save it with PEFT's path_initial_model_for_weight_conversion"
         )
-    adapter = scaled(adapter, held, alpha, path, bool(config))
+    lost = not config and not held.alphas and recorded not in (None, listed({adapter.alpha, *adapter.alphas.values()}))
+    if lost and alpha is None:
+        raise InputError(
+            f"{path}: was written with alpha {shown(str(recorded), 40)} and has lost it; say it by --alpha"
+        )
+    adapter = scaled(adapter, held, alpha, path, bool(config) or (recorded is not None and not lost))
     if named and not config:
         adapter = replace(adapter, targets=named)
     adapter.check(str(path))
@@ -191,7 +197,11 @@ def from_config(expert: ExpertName, held: Held, config: Mapping[str, Any], about
 
 
 def scaled(adapter: Adapter, held: Held, alpha: float | None, path: Path, configured: bool) -> Adapter:
-    """The adapter with each module's alpha: the file's tensors before PEFT's settings, those before `alpha`."""
+    """The adapter with each module's alpha: the file's tensors before PEFT's settings, those before `alpha`.
+
+    Args:
+        configured: the adapter's alpha is what the file means, by PEFT's settings or because we wrote it.
+    """
     ranks = held.ranks
     if (configured or held.alphas) and alpha is not None:
         raise InputError(f"{path}: says its alpha itself; leave --alpha out")

@@ -97,8 +97,9 @@ def check_header(path: Path) -> None:
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
-        start = stream.read(8)
-        if path.suffix.lower() in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
+        start, brace = stream.read(8), stream.read(1)
+        # A header of 640 bytes has a length that starts as a pickle does.
+        if path.suffix.lower() in PICKLE_SUFFIXES or (start.startswith(PICKLE_STARTS) and brace != b"{"):
             raise InputError(
                 f"{path}: a pickle (torch.save), which is not opened because reading one can run anything; have the "
                 "tool that made it save safetensors, or convert it where you trust it: "
@@ -110,7 +111,7 @@ def check_header(path: Path) -> None:
                 f"{path}: not a safetensors file of an adapter (its header is missing, cut or oversized); "
                 "copy or download it again"
             )
-        text = stream.read(length)
+        text = brace + stream.read(length - 1)
     try:
         header = json.loads(text, object_pairs_hook=without_repetition)
     except (ValueError, RecursionError) as error:
