@@ -50,6 +50,16 @@ class Adapter:
         """Names of the modules that carry LoRA."""
         return sorted({name.rpartition(".lora_")[0] for name in self.weights})
 
+    @property
+    def ranks_used(self) -> list[int]:
+        """Every rank that a module has, ascending."""
+        return sorted({self.ranks.get(module, self.rank) for module in self.modules})
+
+    @property
+    def alphas_used(self) -> list[float]:
+        """Every alpha that a module has, ascending."""
+        return sorted({self.alphas.get(module, self.alpha) for module in self.modules})
+
     def scale(self, module: str) -> float:
         """What a module's B A is multiplied with."""
         rank, alpha = self.ranks.get(module, self.rank), self.alphas.get(module, self.alpha)

@@ -67,8 +67,8 @@ def metadata_of(adapter: "Adapter", implementation: str) -> dict[str, str]:
     about = {
         "expert": adapter.expert,
         "component": EXPERTS[adapter.expert].component,
-        "rank": listed({adapter.rank, *adapter.ranks.values()}),
-        "alpha": listed({adapter.alpha, *adapter.alphas.values()}),
+        "rank": listed(adapter.ranks_used),
+        "alpha": listed(adapter.alphas_used),
         "targets": json.dumps(sorted(adapter.targets)),
         **kept(adapter.about),
     }
@@ -100,5 +100,5 @@ def modelspec(adapter: "Adapter", implementation: str) -> dict[str, str]:
 
 
 def listed(numbers: Iterable[float]) -> str:
-    """Numbers in order, each once, as short as they are exact."""
-    return ", ".join(repr(int(n) if n == int(n) else n) for n in sorted(set(numbers)))
+    """Numbers as short as they are exact."""
+    return ", ".join(repr(int(number) if number == int(number) else number) for number in numbers)

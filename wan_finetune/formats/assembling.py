@@ -153,7 +153,7 @@ def assemble(
             f"{path}: was started by {shown(start, 20)}, which changed the base, so its weights alone are no update of "
             "it; save it with PEFT's path_initial_model_for_weight_conversion"
         )
-    lost = not config and not held.alphas and recorded not in (None, listed({adapter.alpha, *adapter.alphas.values()}))
+    lost = not config and not held.alphas and recorded not in (None, listed(adapter.alphas_used))
     if lost and alpha is None:
         raise InputError(
             f"{path}: was written with alpha {shown(str(recorded), 40)} and has lost it; say it by --alpha"
