@@ -215,7 +215,7 @@ def results(tmp_path_factory) -> dict[str, tuple[int, str, float, int, str]]:
         else:
             config = content.pop("", None)
             metadata = {"lora_adapter_metadata": json.dumps(config)} if config else {}
-            save_file(content, folder / name, metadata)
+            save_file(content, folder / name, metadata or None)
     paths = json.dumps([str(folder / name) for name in wanted])
     done = subprocess.run(
         [sys.executable, "-c", PROBE, paths], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
