@@ -10,7 +10,7 @@ from wan_finetune.adapters import Adapter
 from wan_finetune.formats.names import DIFFUSERS_TO_FASTVIDEO, DIFFUSERS_TO_ORIGINAL
 from wan_finetune.spec import LORA_TARGETS
 
-WIDTH, WIDE = 24, 32
+BLOCKS, WIDTH, WIDE = 2, 24, 32
 """Of `tests.tiny_model`'s denoisers."""
 
 
@@ -33,13 +33,16 @@ def make_weights(ranks: dict[str, int], *, dora: bool = False, seed: int = 0) ->
 
 
 def make_adapter(
-    expert: str = "high", targets: Iterable[str] = LORA_TARGETS, *, blocks: int = 2, rank: int = 4, **changes: Any
+    expert: str = "high", targets: Iterable[str] = LORA_TARGETS, *, blocks: int = BLOCKS, rank: int = 4, **changes: Any
 ) -> Adapter:
     """An adapter of the tiny model with alpha other than the rank."""
     targets = tuple(targets)
     ranks = {f"blocks.{block}.{target}": rank for block in range(blocks) for target in targets}
     ranks |= changes.get("ranks", {})
     weights = make_weights(ranks, dora=changes.get("dora", False))
+    if blocks != BLOCKS:
+        # An end of a name would reach every block of the model.
+        targets = tuple(sorted(ranks))
     made: dict[str, Any] = {"expert": expert, "rank": rank, "alpha": 7.0, "targets": targets, "weights": weights}
     return Adapter(**{**made, **changes})
 

@@ -325,7 +325,7 @@ def test_settings_of_pefts_that_make_no_sense_are_refused(tmp_path, config, mess
 
 
 def test_targets_that_peft_narrows_are_named_one_by_one(tmp_path):
-    adapter = make_adapter(targets=("attn1.to_q",), blocks=1)
+    adapter = replace(make_adapter(targets=("attn1.to_q",), blocks=1), targets=("attn1.to_q",))
     (path,) = export([adapter], FORMATS["peft"], tmp_path)
     settings_file = path.with_name("adapter_config.json")
     settings_file.write_text(json.dumps({**json.loads(settings_file.read_text()), "layers_to_transform": [0]}))
