@@ -6,6 +6,7 @@ All run in one fresh process, which measures each by its time and the memory tha
 import json
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.adapter_material import make_adapter
+from wan_finetune.errors import InputError
+from wan_finetune.formats.inspection import as_json, inspect
 from wan_finetune.formats.reading import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -246,3 +249,28 @@ def test_every_fault_is_found_soon_and_in_little_room(results):
     slow = {name: seconds for name, (_, _, seconds, _, _) in results.items() if seconds > MOST_SECONDS}
     large = {name: grown >> 20 for name, (_, _, _, grown, _) in results.items() if grown > MOST_BYTES}
     assert not slow and not large
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_a_file_with_some_bytes_changed_is_read_or_refused_and_nothing_else(tmp_path, name):
+    draw = random.Random(0)
+    path = tmp_path / "adapter_model.safetensors"
+    FORMATS[name].write(path, make_adapter("high", ("attn1.to_q",), blocks=1, rank=2, about={"trigger": "x"}))
+    files = {each: each.read_bytes() for each in tmp_path.iterdir()}
+    outcomes = set()
+    for _ in range(150):
+        changed_file = draw.choice(sorted(files))
+        content = bytearray(files[changed_file])
+        header = 8 + int.from_bytes(content[:8], "little") if changed_file == path else len(content)
+        for _ in range(draw.choice([1, 1, 2, 4])):
+            place = draw.randrange(min(header, len(content)))
+            content[place : place + draw.randrange(3)] = draw.choice([b"", b"0", b"9", b"-", b"{", b"[", b'"', b"\xff"])
+        changed_file.write_bytes(content)
+        try:
+            as_json(inspect(path, "high"), layers=True)
+            outcomes.add("read")
+        except InputError as error:
+            assert "\n" not in str(error)
+            outcomes.add("refused")
+        changed_file.write_bytes(files[changed_file])
+    assert outcomes == {"read", "refused"}

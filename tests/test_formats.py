@@ -324,6 +324,18 @@ def test_settings_of_pefts_that_make_no_sense_are_refused(tmp_path, config, mess
         read_file(path)
 
 
+def test_settings_of_pefts_in_the_original_names_count_as_they_did_in_training(tmp_path):
+    ranks = {f"blocks.{block}.ffn.net.0.proj": 2 for block in (0, 1)}
+    adapter = make_adapter("low", ("attn1.to_q", "ffn.net.0.proj"), ranks=ranks, alphas=dict.fromkeys(ranks, 3.0))
+    tensors = {f"base_model.model.{k}": v for k, v in as_written_by("VideoX-Fun, PEFT", adapter).items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 7, "target_modules": ["q", "ffn.0"]}
+    config |= {"rank_pattern": {"ffn.0": 2}, "alpha_pattern": {"blocks.0.ffn.0": 3, "blocks.1.ffn.0": 3}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    back = read_file(tmp_path / "adapter_model.safetensors", "low")
+    assert same_update(adapter, back, 0) and set(back.targets) == set(adapter.modules)
+
+
 def test_targets_that_peft_narrows_are_named_one_by_one(tmp_path):
     adapter = replace(make_adapter(targets=("attn1.to_q",), blocks=1), targets=("attn1.to_q",))
     (path,) = export([adapter], FORMATS["peft"], tmp_path)
@@ -342,6 +354,21 @@ def test_an_export_that_fails_in_its_second_file_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="kohya"):
         export(pair, FORMATS["kohya"], tmp_path / "out")
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*")} == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_of(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"file: cannot be written \(.*\); give another folder, or free some room"):
+        export([make_adapter()], FORMATS["peft"], tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wan_finetune.formats.files.save_file", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        export([make_adapter()], FORMATS["comfyui"], tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_an_export_whose_file_reads_otherwise_is_not_put_in_place(tmp_path):

@@ -1,25 +1,22 @@
-"""From a file's content to an adapter: keys matched one by one, scales from tensors, PEFT's settings, or neither."""
+"""From what a file holds to an adapter: scales as its tensors, PEFT's settings or nobody says."""
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from ..adapters import Adapter
 from ..errors import InputError
 from ..experts import EXPERTS, ExpertName
 from ..facts import ABOUT, DERIVED, kept, listed
-from ..lora import matches
+from ..lora import EXPRESSION, matches
 from .files import Opened
-from .keys import Meaning, meaning, shown, why_not
+from .holding import Held, hold
+from .keys import shown
+from .names import original
 
 PATTERN_KEY = re.compile(r"\^?[\w.\\]+")
 """What a pattern in a file may be: a name. An expression from a stranger could take forever."""
@@ -28,96 +25,6 @@ NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules", "target
 STARTS_IN_THE_BASE = ("pissa", "olora", "corda", "loftq")
 """PEFT's starts that change the base, so that the weights alone are no update of it."""
 NO_ALPHA = "alpha not in the file: taken as rank"
-
-
-@dataclass
-class Held:
-    """What a file holds of one expert, by diffusers' module names."""
-
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    """`blocks.N.MODULE.lora_{A,B}.weight` and `.lora_magnitude_vector` -> fp32."""
-    alphas: dict[str, float] = field(default_factory=dict)
-    """Module -> alpha, where the file has it as a tensor."""
-    experts: set[ExpertName] = field(default_factory=set)
-    """Whose halves the file marks, of a file with both."""
-
-    @cached_property
-    def ranks(self) -> dict[str, int]:
-        """Module -> rank, by lora_A; asked when all is in."""
-        return {n.removesuffix(".lora_A.weight"): v.shape[0] for n, v in self.weights.items() if ".lora_A." in n}
-
-
-def hold(opened: Opened, expert: ExpertName | None) -> Held:
-    """Give every key of a file its meaning.
-
-    Args:
-        expert: whose half is taken of a file with both.
-
-    Raises:
-        InputError: for a key without one, two of the same, a value of the wrong kind, or a file for both experts of
-            which none is named.
-    """
-    path, came_from = opened.path, dict[str, str]()
-    meanings = meanings_of(opened)
-    found = Held(experts=marked_experts(meanings.values()))
-    if len(found.experts) > 1 and expert not in found.experts:
-        raise InputError(f"{path}: holds both experts' adapters; say which with --expert high or --expert low")
-    for key, said in meanings.items():
-        if len(found.experts) > 1 and (said.expert or "high") != expert:
-            continue
-        name = f"{said.module}.alpha" if said.part == "alpha" else f"{said.module}.lora_{said.part}"
-        if name in came_from:
-            raise InputError(
-                f"{path}: {shown(came_from[name])} and {shown(key)} are both {name}; the file holds two adapters, "
-                "save them apart"
-            )
-        came_from[name] = key
-        value = opened.tensors[key]
-        if said.part == "alpha":
-            found.alphas[said.module] = alpha_of(path, key, value)
-            continue
-        if not value.is_floating_point() or value.ndim != (1 if said.part == "magnitude_vector" else 2):
-            raise InputError(
-                f"{path}: {shown(key)} is {value.dtype} {tuple(value.shape)}, not a matrix of floats; save it again "
-                "as float32 or bfloat16"
-            )
-        found.weights[name] = value.to(torch.float32)
-    if not found.ranks:
-        raise InputError(f"{path}: holds no LoRA weights; nothing was trained, or it was saved before it was")
-    if lone := sorted(found.alphas.keys() - found.ranks.keys()):
-        raise InputError(f"{path}: has an alpha for {lone[0]} and no LoRA; save the adapter again")
-    return found
-
-
-def meanings_of(opened: Opened) -> dict[str, Meaning]:
-    """What each key holds. Raises InputError for the first that holds nothing known."""
-    meanings = {}
-    for key in opened.tensors:
-        said = meaning(key)
-        if said is None:
-            raise InputError(f"{opened.path}: {shown(key)} cannot be matched: {why_not(key)}")
-        meanings[key] = said
-    return meanings
-
-
-def marked_experts(meanings: Iterable[Meaning]) -> set[ExpertName]:
-    """Whose halves the keys name; none of most files."""
-    marks = {said.expert for said in meanings}
-    # Beside a `transformer_2.` diffusers' own name of the high-noise one has no number.
-    return {mark or "high" for mark in marks} if "low" in marks else {mark for mark in marks if mark}
-
-
-def alpha_of(path: Path, key: str, value: Tensor) -> float:
-    """A module's alpha from its tensor, in the shortest number of that precision: 0.1 is stored as 0.10000000149."""
-    if value.numel() != 1 or value.is_complex() or value.dtype is torch.bool:
-        raise InputError(f"{path}: {shown(key)} is {value.dtype} {tuple(value.shape)}, not one number")
-    alpha = float(str(np.float32(value.item()))) if value.dtype is torch.float32 else float(value.item())
-    if not 0 < alpha < float("inf"):
-        raise InputError(
-            f"{path}: {shown(key)} is {alpha:g}; programs differ in what they make of that. Set it to what it was "
-            "trained with"
-        )
-    return alpha
 
 
 def assemble(
@@ -179,14 +86,15 @@ def from_config(expert: ExpertName, held: Held, config: Mapping[str, Any], about
     targets = config.get("target_modules") or ()
     ranks = {module: int(said) for module in shapes if (said := resolved(ranks, module)) not in (None, rank)}
     alphas = {module: float(said) for module in shapes if (said := resolved(alphas, module)) not in (None, alpha)}
-    exact = bool(targets) and not isinstance(targets, str) and not any(config.get(name) for name in NARROWING)
+    exact = not isinstance(targets, str) and not any(config.get(name) for name in NARROWING)
+    exact = exact and reach(targets, shapes)
     magnitudes = any(name.endswith(".lora_magnitude_vector") for name in held.weights)
     return Adapter(
         expert=expert,
         rank=rank,
         alpha=alpha,
-        # An expression, or nothing at all: the modules by name are as exact.
-        targets=tuple(str(target) for target in targets) if exact else tuple(sorted(shapes)),
+        # An expression, the original code's names, or nothing at all: the modules by name are as exact.
+        targets=tuple(map(str, targets)) if exact else tuple(sorted(shapes)),
         weights=held.weights,
         ranks=ranks,
         alphas=alphas,
@@ -222,13 +130,22 @@ def apart(values: Mapping[str, float], usual: float) -> dict[str, float]:
 
 
 def resolved(patterns: Mapping[str, float], module: str) -> float | None:
-    """What PEFT's patterns say of a module (peft.utils.other.get_pattern_key), None where nothing."""
+    """What PEFT's patterns say of a module (peft.utils.other.get_pattern_key), None where nothing.
+
+    They are of the model that was trained, which may have had the original names.
+    """
     for key, value in patterns.items():
         if not PATTERN_KEY.fullmatch(key):
             raise ValueError(key)
-        if re.match(rf"(.*\.)?({key})$", module):
+        if any(re.match(rf"(.*\.)?({key})$", name) for name in (module, original(module))):
             return value
     return None
+
+
+def reach(targets: Iterable[str], modules: Iterable[str]) -> bool:
+    """Whether these ends of names reach every one of the modules."""
+    targets = list(targets)
+    return all(any(matches(str(target), module) for target in targets) for module in modules)
 
 
 def targets_of(about: dict[str, str], modules: Iterable[str]) -> tuple[str, ...]:
@@ -243,8 +160,8 @@ def targets_of(about: dict[str, str], modules: Iterable[str]) -> tuple[str, ...]
         targets = [str(target) for target in json.loads(said) or ()]
     except (ValueError, TypeError, RecursionError):
         return ()
-    named = all(any(matches(target, module) for target in targets) for module in modules)
-    return tuple(targets) if named and not any(target.startswith("re:") for target in targets) else ()
+    named = reach(targets, modules) and not any(target.startswith(EXPRESSION) for target in targets)
+    return tuple(targets) if named else ()
 
 
 def about_of(opened: Opened) -> dict[str, str]:

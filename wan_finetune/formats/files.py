@@ -80,13 +80,15 @@ def open_adapter(path: Path) -> Opened:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such adapter file")
-    check_header(path)
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return Opened(path, tensors, dict(file.metadata() or {}))
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise InputError(f"{path}: damaged safetensors file ({shown(str(error))}); copy or download it again") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); look at its permissions and its disk") from None
 
 
 def check_header(path: Path) -> None:

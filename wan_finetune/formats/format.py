@@ -65,8 +65,11 @@ class FileFormat:
         save_atomically(path, tensors, metadata)
         for name, text in self.beside(adapter).items():
             partial = path.with_name(f".{name}.{os.getpid()}.partial")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path.with_name(name))
+            try:
+                partial.write_text(text, encoding="utf-8")
+                os.replace(partial, path.with_name(name))
+            finally:
+                partial.unlink(missing_ok=True)
 
     def read(self, path: Path, expert: ExpertName | None = None, alpha: float | None = None) -> Adapter:
         """Read and check a file, ours or another tool's of the same form.

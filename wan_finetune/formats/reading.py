@@ -6,9 +6,9 @@ from ..adapters import Adapter
 from ..errors import InputError
 from ..experts import EXPERTS, ExpertName
 from . import comfyui, diffusers, kohya, original, peft
-from .assembling import marked_experts
 from .files import Opened, open_adapter
 from .format import FileFormat
+from .holding import marked_experts
 from .keys import meaning, shown
 
 FORMATS: dict[str, FileFormat] = {
