@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from tests.adapter_material import as_written_by, make_adapter, same_update, update
 from wan_finetune.cli import main
 from wan_finetune.experts import EXPERTS
+from wan_finetune.export import write_adapter_folder
 from wan_finetune.formats import FORMAT_NAMES
 from wan_finetune.formats.exporting import export
 from wan_finetune.formats.reading import FORMATS, read_all, read_file
@@ -150,6 +151,23 @@ def test_a_source_that_is_nowhere_is_told_of(tmp_path, capsys):
         assert source in capsys.readouterr().err
     assert main(["export", str(tmp_path / "absent"), "--format", "peft", "--out", str(tmp_path / "out")]) == 2
     assert "neither a folder here nor a repository" in capsys.readouterr().err
+
+
+def test_a_runs_folder_and_a_file_for_both_experts_show_all_that_they_hold(tmp_path, capsys):
+    pair = [make_adapter("high"), make_adapter("low")]
+    write_adapter_folder(tmp_path / "run" / "adapter", pair)
+    assert main(["inspect", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["adapters"]
+    assert [(each["format"], each["expert"]) for each in found] == [
+        ("diffusers", "high"), ("diffusers", "low"), ("comfyui", "high"), ("comfyui", "low"),
+    ]  # fmt: skip
+    both = {}
+    for mark, adapter in zip(("transformer_1", "transformer_2"), pair, strict=True):
+        theirs = as_written_by("ai-toolkit", adapter)
+        both |= {name.replace("diffusion_model", f"diffusion_model.{mark}"): value for name, value in theirs.items()}
+    save_file(both, tmp_path / "both.safetensors")
+    assert main(["inspect", str(tmp_path / "both.safetensors"), "--json"]) == 0
+    assert [each["expert"] for each in json.loads(capsys.readouterr().out)["adapters"]] == ["high", "low"]
 
 
 def test_pefts_folder_of_one_adapter_is_taken_as_it_is(tmp_path, capsys):

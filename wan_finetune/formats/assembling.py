@@ -22,7 +22,7 @@ PATTERN_KEY = re.compile(r"\^?[\w.\\]+")
 """What a pattern in a file may be: a name. An expression from a stranger could take forever."""
 NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
 """Fields of PEFT beside which `target_modules` do not say which modules carry LoRA."""
-STARTS_IN_THE_BASE = ("pissa", "olora", "corda", "loftq")
+STARTS_IN_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT's starts that change the base, so that the weights alone are no update of it."""
 NO_ALPHA = "alpha not in the file: taken as rank"
 

@@ -12,7 +12,7 @@ from ..experts import EXPERTS, ExpertName
 from ..spec import LORA_TARGETS
 from .files import open_adapter
 from .keys import shown
-from .reading import adapter_files, read_opened, recognised
+from .reading import adapter_files, halves, read_opened, recognised
 
 MOST_TARGETS = 12
 """Targets that are named."""
@@ -123,15 +123,19 @@ def software_name(text: str) -> str:
 def inspect_all(
     source: Path, expert: ExpertName | None = None, alpha: float | None = None
 ) -> list[Inspection | InputError]:
-    """Every adapter file of a path, with what is wrong where one is not sound.
+    """Every adapter file of a path, those for ComfyUI beside others too, with what is wrong where one is not sound.
 
     Raises:
         InputError: there are none.
     """
     results: list[Inspection | InputError] = []
-    for found, path in adapter_files(source):
+    files = adapter_files(source)
+    if source.is_dir() and (beside := files[0][1].parent / "comfyui").is_dir():
+        files += adapter_files(beside)
+    for found, path in files:
+        wanted = found or expert
         try:
-            results.append(inspect(path, found or expert, alpha))
+            results += [inspect(path, each, alpha) for each in ([wanted] if wanted else halves(path))]
         except InputError as error:
             results.append(error)
     return results

@@ -78,13 +78,21 @@ def read_all(source: Path, expert: ExpertName | None = None, alpha: float | None
     """
     if expert is not None:
         return [read_expert(source, expert, alpha)]
-    adapters = []
-    for found, path in adapter_files(source):
-        opened = open_adapter(path)
-        both = marked_experts(said for key in opened.tensors if (said := meaning(key)))
-        wanted: list[ExpertName | None] = [*sorted(both)] if found is None and len(both) > 1 else [found]
-        adapters += [read_opened(opened, each, alpha) for each in wanted]
-    return adapters
+    return [
+        read_file(path, each, alpha)
+        for found, path in adapter_files(source)
+        for each in ([found] if found else halves(path))
+    ]
+
+
+def halves(path: Path) -> list[ExpertName | None]:
+    """Both experts where a file's keys name both, else nobody, which leaves it to the file's own facts.
+
+    Raises:
+        InputError: it is no safetensors file.
+    """
+    both = marked_experts(said for key in open_adapter(path).tensors if (said := meaning(key)))
+    return [*sorted(both)] if len(both) > 1 else [None]
 
 
 def adapter_files(source: Path) -> list[tuple[ExpertName | None, Path]]:
