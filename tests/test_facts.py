@@ -18,6 +18,7 @@ from train.job import make_adapter as adapter_of_run
 from train.preparing import prepare_data
 from train.provenance import configuration_hash, facts_of_run
 from train.state import ExpertState
+from wan_finetune.export import write_adapter_folder
 from wan_finetune.facts import FACTS, NEVER, kept, listed, modelspec
 from wan_finetune.formats import FORMAT_NAMES
 from wan_finetune.formats.exporting import export
@@ -107,6 +108,17 @@ def test_what_a_stranger_put_into_a_file_is_not_handed_on(tmp_path, name):
     save_file(tensors, tmp_path / "low_noise.safetensors", {**metadata, **strange})
     export(read_all(tmp_path), FORMATS[name], tmp_path / "out")
     assert b"sentinel" in bytes_of(tmp_path) and b"sentinel" not in bytes_of(tmp_path / "out")
+
+
+def test_a_fact_that_is_left_out_is_told_of(tmp_path, capsys):
+    write_adapter_folder(
+        tmp_path, [make_adapter("high", about={"trigger": "/home/someone", "base": A14B, "host": "h"})]
+    )
+    said = capsys.readouterr().out
+    assert "high_noise.safetensors does not say host, trigger: not a fact that files may hold" in said
+    assert "someone" not in said
+    write_adapter_folder(tmp_path, [make_adapter("high", about=WHOLE)])
+    assert "does not say" not in capsys.readouterr().out
 
 
 def test_a_runs_files_have_no_path_token_user_or_host_in_any_byte(make_config, tmp_path, monkeypatch):
