@@ -1,7 +1,7 @@
 """The main job: data, training in rounds, previews, evaluation, export, report. Each part is run once and resumes."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from data.batches import TrainingData
-from wan_finetune import __version__
 from wan_finetune.adapters import Adapter, as_adapter
 from wan_finetune.evaluation.compare import load_judge
 from wan_finetune.experts import EXPERTS, ExpertName, base_folder
@@ -29,6 +28,7 @@ from .optim import find_class
 from .panel import Figures
 from .preparing import prepare_data
 from .previews import Previews
+from .provenance import facts_of_expert, facts_of_run
 from .recommendation import Candidate, recommend
 from .rounds import Stretch, stretches
 from .signals import Stopped, StopRequest
@@ -69,7 +69,9 @@ def run(config: Config, stop: StopRequest) -> None:
     validation.begin({name: state.step for name, state in states.items()})
     if not accelerator.is_main_process:
         return
-    adapters = [make_adapter(config, name, choose_state(config, validation, name, s)) for name, s in states.items()]
+    facts = facts_of_run(config, base, data)
+    chosen = {name: choose_state(config, validation, name, state) for name, state in states.items()}
+    adapters = [make_adapter(config, name, state, facts) for name, state in chosen.items()]
     for path in write_adapter_folder(folder / "adapter", adapters):
         say(f"wrote {path}")
     verify_adapter_folder(config.model.base, folder / "adapter", adapters, config.model.revision)
@@ -198,20 +200,18 @@ def choose_state(config: Config, validation: Validation, name: ExpertName, state
     return replace(state, step=best.step, weights=weights, average={})
 
 
-def make_adapter(config: Config, name: ExpertName, state: ExpertState) -> Adapter:
-    """An expert's state as an adapter that says what it is; no paths, no names of people or machines."""
+def make_adapter(
+    config: Config, name: ExpertName, state: ExpertState, run_facts: Mapping[str, str] | None = None
+) -> Adapter:
+    """An expert's state as an adapter that says what it is.
+
+    Args:
+        run_facts: of `facts_of_run`, where the adapter is to be kept.
+    """
     return as_adapter(
         name,
         config.expert(name).lora,
         state.average or state.weights,
         state.taken,
-        about={
-            "base": config.model.public_name,
-            "trigger": config.data.trigger,
-            "steps": str(state.step),
-            "training_shift": repr(config.expert(name).flow.shift),
-            "sampling_shift": repr(config.sampling.shift),
-            "fps": repr(config.data.fps),
-            "toolkit": f"wan-finetune {__version__}",
-        },
+        about={**facts_of_expert(config, name, state.step), **(run_facts or {})},
     )

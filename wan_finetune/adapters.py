@@ -41,12 +41,24 @@ class Adapter:
     """The scale is alpha / sqrt(rank) instead of alpha / rank."""
     dora: bool = False
     about: Mapping[str, str] = field(default_factory=dict)
-    """Allow-listed facts: trigger, base, shift, ..."""
+    """Facts of `facts.FACTS`: trigger, base, shift, ..."""
+    assumed: tuple[str, ...] = ()
+    """What the file that this was read from did not say, and how it was taken."""
 
     @property
     def modules(self) -> list[str]:
         """Names of the modules that carry LoRA."""
         return sorted({name.rpartition(".lora_")[0] for name in self.weights})
+
+    @property
+    def ranks_used(self) -> list[int]:
+        """Every rank that a module has, ascending."""
+        return sorted({self.ranks.get(module, self.rank) for module in self.modules})
+
+    @property
+    def alphas_used(self) -> list[float]:
+        """Every alpha that a module has, ascending."""
+        return sorted({self.alphas.get(module, self.alpha) for module in self.modules})
 
     def scale(self, module: str) -> float:
         """What a module's B A is multiplied with."""
@@ -85,16 +97,37 @@ class Adapter:
             if not value.is_floating_point() or value.ndim != (1 if part == "magnitude_vector" else 2):
                 raise InputError(f"{source}: {name} is {value.dtype} {tuple(value.shape)}, not a matrix of floats")
             if any(f"{module}.lora_{other}" not in self.weights for other in parts):
-                raise InputError(f"{source}: {name} stands without its other half")
-            # One pass over the values: NaN is both ends of its tensor, infinity one of them.
-            if not torch.isfinite(torch.stack(torch.aminmax(value))).all():
-                raise InputError(f"{source}: {name} has values that are not finite")
+                raise InputError(f"{source}: {name} stands without its other half; save the adapter again")
             rank = value.shape[0] if part == "A.weight" else value.shape[-1]
             if part != "magnitude_vector" and (rank != self.ranks.get(module, self.rank) or rank > MAX_RANK):
                 said = self.ranks.get(module, self.rank)
                 raise InputError(f"{source}: {name} has rank {rank}, the adapter says {said}; {MAX_RANK} is the most")
-        if dead := dead_modules(self.weights):
-            raise InputError(f"{source}: the LoRA does nothing in {len(dead)} modules, {dead[0]} the first")
+            if not value.numel():
+                raise InputError(f"{source}: {name} is empty, {tuple(value.shape)}; save the adapter again")
+        check_values(self.weights, source)
+
+
+def check_values(weights: Mapping[str, Tensor], source: str) -> None:
+    """Whether every value is finite and no lora_B is all zero.
+
+    A sum of squares reads a tensor once, at the speed of memory, and shows both. It also overflows and underflows, so
+    where it shows a fault the values themselves are looked at.
+
+    Raises:
+        InputError: naming `source`, the fault and the key.
+    """
+    energies = torch.stack([torch.dot(flat, flat) for flat in map(torch.flatten, weights.values())])
+    odd = torch.nonzero(~torch.isfinite(energies) | (energies == 0)).flatten().tolist()
+    names = list(weights)
+    suspects = {names[index]: weights[names[index]] for index in odd}
+    for name, value in suspects.items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{source}: {name} has values that are not finite; take an earlier checkpoint")
+    if dead := dead_modules(suspects):
+        raise InputError(
+            f"{source}: the LoRA does nothing in {len(dead)} modules, {dead[0]} the first; it was not trained there, "
+            "or lost its weights when it was saved"
+        )
 
 
 def shortest(said: Mapping[str, float], modules: Sequence[str]) -> dict[str, float]:

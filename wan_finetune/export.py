@@ -11,6 +11,7 @@ from torch import Tensor
 from .adapters import Adapter
 from .encoders import latent_statistics
 from .experts import EXPERTS, base_folder, boundary_ratio, load_expert
+from .facts import kept
 from .formats import comfyui
 from .formats import diffusers as diffusers_format
 
@@ -18,12 +19,19 @@ from .formats import diffusers as diffusers_format
 def write_adapter_folder(folder: Path, adapters: Sequence[Adapter], *, with_comfyui: bool = True) -> list[Path]:
     """Write each expert's file (`high_noise.safetensors`, ...) for diffusers, and the same under `comfyui/`.
 
-    An adapter that ComfyUI's format cannot hold gets no file there, and a line says why.
+    An adapter that ComfyUI's format cannot hold gets no file there, and a line says why; another says which facts are
+    left out.
     """
     written = []
     for adapter in adapters:
         adapter.check(f"the adapter of {EXPERTS[adapter.expert].title}")
         name = EXPERTS[adapter.expert].file_name
+        if left_out := sorted(adapter.about.keys() - kept(adapter.about).keys()):
+            print(
+                f"{name} does not say {', '.join(left_out)}: not a fact that files may hold, too long, or it looks "
+                "like a path, an address or a token",
+                flush=True,
+            )
         diffusers_format.write(folder / name, adapter)
         written.append(folder / name)
         if not with_comfyui:

@@ -4,8 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-MOST_TARGETS = 12
-"""Targets that `inspect` names."""
+from ..formats import FORMAT_NAMES
+
+EXPERT_HELP = "of a file that does not say whose it is"
+ALPHA_HELP = "of a file that says none, such as one of VideoX-Fun's; left out, it is taken as the rank"
 
 
 def add_to(commands: Any) -> None:
@@ -15,17 +17,32 @@ def add_to(commands: Any) -> None:
     pairing.add_argument("low", type=Path, help="low-noise adapter, in the same way")
     pairing.add_argument("--out", type=Path, required=True, help="folder for both, which must hold no adapter yet")
     pairing.set_defaults(command=pair_command)
-    exporting = commands.add_parser("export", help="write an adapter folder in another format")
-    exporting.add_argument("source", type=Path, help="adapter folder")
-    exporting.add_argument("--format", choices=["diffusers", "comfyui"], required=True)
+    exporting = commands.add_parser("export", help="write adapters in another format")
+    exporting.add_argument("source", type=Path, help="adapter file or folder of any format, or a repository of the Hub")
+    exporting.add_argument("--format", choices=FORMAT_NAMES, required=True)
     exporting.add_argument("--out", type=Path, required=True, help="folder for the new files")
+    add_reading_options(exporting)
     exporting.set_defaults(command=export_command)
-    inspecting = commands.add_parser("inspect", help="say what an adapter file is")
-    inspecting.add_argument("file", type=Path)
-    inspecting.add_argument(
-        "--expert", choices=["high", "low", "single"], help="of a file that does not say whose it is"
-    )
+    inspecting = commands.add_parser("inspect", help="say what adapter files are, and whether they are sane")
+    inspecting.add_argument("file", type=Path, help="a file, an adapter folder, or a run's folder")
+    add_reading_options(inspecting)
+    inspecting.add_argument("--layers", action="store_true", help="the update's norm in every block and Linear")
+    inspecting.add_argument("--json", action="store_true", help="for programs")
     inspecting.set_defaults(command=inspect_command)
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """Options for what another tool's file leaves out."""
+    parser.add_argument("--expert", choices=["high", "low", "single"], help=EXPERT_HELP)
+    parser.add_argument("--alpha", type=float, help=ALPHA_HELP)
+
+
+def require_alpha(alpha: float | None) -> None:
+    """Whether a scale can be made of it."""
+    from ..errors import InputError
+
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise InputError(f"--alpha {alpha:g}: must be a number above 0, such as the network_alpha of the training")
 
 
 def pair_command(arguments: argparse.Namespace) -> None:
@@ -39,38 +56,50 @@ def pair_command(arguments: argparse.Namespace) -> None:
 
 
 def export_command(arguments: argparse.Namespace) -> None:
-    """Convert the adapters of a folder."""
-    from ..experts import EXPERTS
-    from ..formats.reading import FORMATS
-    from ..pipeline import read_adapters
+    """Write a source's adapters in a format."""
+    from ..formats.exporting import export
+    from ..formats.reading import FORMATS, read_all
 
-    for adapter in read_adapters(arguments.source):
-        path = arguments.out / EXPERTS[adapter.expert].file_name
-        FORMATS[arguments.format].write(path, adapter)
+    require_alpha(arguments.alpha)
+    source = arguments.source
+    if not source.exists():
+        from ..pipeline import fetch_adapters
+
+        source = fetch_adapters(str(source))
+    adapters = read_all(source, arguments.expert, arguments.alpha)
+    file_format = FORMATS[arguments.format]
+    for path in export(adapters, file_format, arguments.out):
         print(path)
+    for adapter in adapters:
+        for note in (*adapter.assumed, file_format.caveat(adapter)):
+            if note:
+                print(f"note: {adapter.expert}: {note}")
 
 
 def inspect_command(arguments: argparse.Namespace) -> None:
-    """Print format, expert, rank, alpha, targets, effect and the recorded facts."""
-    from ..adapters import update_norms
-    from ..formats.reading import format_of, read_file
+    """Print what each file is; end with what is wrong, if something is."""
+    import json
 
-    adapter = read_file(arguments.file, arguments.expert)
-    norms = update_norms(adapter)
-    strongest = max(norms, key=lambda name: norms[name])
-    kind = [name for name, is_so in {"DoRA": adapter.dora, "rsLoRA": adapter.rslora}.items() if is_so]
-    ranks = sorted({adapter.rank, *adapter.ranks.values()})
-    alphas = sorted({adapter.alpha, *adapter.alphas.values()})
-    targets = [*adapter.targets[:MOST_TARGETS], *(["..."] if len(adapter.targets) > MOST_TARGETS else [])]
-    facts = {
-        "format": format_of(arguments.file),
-        "kind": ", ".join(kind) or "LoRA",
-        "expert": "single" if adapter.expert == "single" else f"{adapter.expert} noise",
-        "rank": ", ".join(f"{rank}" for rank in ranks),
-        "alpha": ", ".join(f"{alpha:g}" for alpha in alphas),
-        "modules": f"{len(norms)} ({', '.join(targets)})",
-        "update norm": f"{min(norms.values()):.3g} to {norms[strongest]:.3g} ({strongest})",
-        **adapter.about,
-    }
-    for name, value in facts.items():
-        print(f"{name:>16}  {value}")
+    from ..errors import InputError
+    from ..formats.inspection import as_json, as_lines, inspect_all
+
+    require_alpha(arguments.alpha)
+    results = inspect_all(arguments.file, arguments.expert, arguments.alpha)
+    faults = [result for result in results if isinstance(result, InputError)]
+    if arguments.json:
+        said = [
+            {"sane": False, "reason": str(result)}
+            if isinstance(result, InputError)
+            else as_json(result, layers=arguments.layers)
+            for result in results
+        ]
+        print(json.dumps({"adapters": said}, indent=2, ensure_ascii=False))
+    else:
+        for result in results:
+            if isinstance(result, InputError):
+                continue
+            if len(results) > 1:
+                print(result.path)
+            print("\n".join(as_lines(result, layers=arguments.layers)))
+    if faults:
+        raise InputError("\n".join(map(str, faults)))
