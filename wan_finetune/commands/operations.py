@@ -71,16 +71,9 @@ def merge_command(arguments: argparse.Namespace) -> None:
     be_quiet()
     from ..operations.merging import MergeSettings, merge
 
-    if len(arguments.sources) < 2:
-        raise InputError('merge needs two adapters or more; "scale" changes one alone')
-    weights = arguments.weights or [1.0] * len(arguments.sources)
-    if len(weights) != len(arguments.sources):
-        raise InputError(
-            f"--weights: {len(weights)} for {len(arguments.sources)} adapters; give one for each, in their order"
-        )
     try:
         settings = MergeSettings(
-            weights=weights,
+            weights=arguments.weights or [1.0] * len(arguments.sources),
             method=arguments.method,
             rank=arguments.rank,
             density=arguments.density,
@@ -88,8 +81,8 @@ def merge_command(arguments: argparse.Namespace) -> None:
         )
     except ValidationError as error:
         problem = error.errors()[0]
-        where = f"--{problem['loc'][0]}: " if problem["loc"] else "merge: "
-        raise InputError(f"{where}{problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}") from None
+        told = problem["msg"].removeprefix("Value error, ")
+        raise InputError(f"--{problem['loc'][0]}: {told}" if problem["loc"] else told) from None
     say(merge(arguments.sources, arguments.out, settings))
 
 

@@ -26,7 +26,7 @@ CANCELLED = 1e-6
 class MergeSettings(Settings):
     """How adapters are merged."""
 
-    weights: tuple[float, ...] = Field(min_length=2)
+    weights: tuple[float, ...]
     """One for each adapter; negative takes it away."""
     method: Method = "linear"
     """`linear`: the exact sum, its rank the sum of the ranks. `svd`: the nearest to it of `rank`. The others prune."""
@@ -67,8 +67,11 @@ def merge(paths: Sequence[Path], out: Path, settings: MergeSettings) -> list[str
     Raises:
         InputError: when they cannot be merged, or `out` holds an adapter.
     """
+    if len(paths) < 2:
+        raise InputError('merge takes two adapters or more; "scale" changes one alone')
     if len(paths) != len(settings.weights):
-        raise InputError(f"--weights: {len(settings.weights)} for {len(paths)} adapters; give one for each")
+        given = len(settings.weights)
+        raise InputError(f"--weights: {given} for {len(paths)} adapters; give one for each, in their order")
     require_free(out)
     sources = [open_source(path) for path in paths]
     require_alike(sources)

@@ -1,0 +1,386 @@
+"""Operations on adapters, against dense arithmetic and against PEFT's own merges."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from torch import nn
+
+from tests.lora_material import as_expert, delta, deltas, make_adapter, sizes, write, write_pair
+from tests.test_adapters import changed_output
+from wan_finetune.adapters import Adapter
+from wan_finetune.cli import main
+from wan_finetune.experts import HIGH, LOW
+from wan_finetune.export import probe_output
+from wan_finetune.formats import comfyui
+from wan_finetune.formats.reading import read_expert
+from wan_finetune.operations.dense import best_of_rank
+from wan_finetune.operations.factors import Factors, first_of, norm, spectrum
+from wan_finetune.operations.merging import MergeSettings, merge
+from wan_finetune.operations.pruning import merge_module
+from wan_finetune.operations.resizing import resize
+from wan_finetune.operations.scaling import scale
+from wan_finetune.pipeline import load_pipeline
+
+MODULES = [f"blocks.{block}.{name}" for block in range(2) for name in ("attn1.to_q", "ffn.net.0.proj")]
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def error_in(lines: list[str], title: str) -> float:
+    line = next(line for line in lines if line.startswith(title) and "relative error" in line)
+    return float(line.partition("relative error ")[2].removeprefix("against the sum ").split(",")[0].split(";")[0])
+
+
+# Low rank.
+
+
+def test_a_products_norm_and_best_lower_rank_are_those_of_the_matrix():
+    torch.manual_seed(0)
+    product = Factors(torch.randn(30, 8).double(), torch.randn(8, 50).double())
+    u, s, vh = torch.linalg.svd(product.b @ product.a)
+    assert norm(product) == pytest.approx(float(s.norm()), rel=1e-12)
+    best = first_of(spectrum(product), 3)
+    assert torch.allclose(best.b @ best.a, u[:, :3] * s[:3] @ vh[:3], atol=1e-10)
+
+
+def test_the_norm_of_a_difference_that_nearly_cancels_is_exact():
+    torch.manual_seed(0)
+    b, a = torch.randn(30, 4).double(), torch.randn(4, 50).double()
+    small = 1e-10 * torch.randn(30, 4).double()
+    found = norm(Factors(torch.cat([b + small, -b], 1), torch.cat([a, a])))
+    # A sum of squares would leave 1e-8 of the parts.
+    assert found == pytest.approx(float((small @ a).norm()), rel=1e-4)
+
+
+def test_a_large_matrix_of_low_rank_is_found_exactly_and_of_a_slow_decay_nearly_so():
+    torch.manual_seed(0)
+    # Of a shape that is searched at random, its singular values known.
+    q, p = (torch.linalg.qr(torch.randn(side, 1030))[0] for side in (1100, 1030))
+    low = q[:, :8] @ p[:, :8].T
+    found = best_of_rank(low, 16, seed=1)
+    assert found.a.shape[0] == 8, "directions of rounding are left out"
+    assert relative(found.b @ found.a, low) < 2e-6
+    again = best_of_rank(low, 16, seed=1)
+    assert torch.equal(found.a, again.a) and torch.equal(found.b, again.b)
+    values = torch.arange(1, 1031) ** -0.25
+    slow = q * values @ p.T
+    found = best_of_rank(slow, 32, seed=1)
+    best = float(values[32:].norm() / values.norm())
+    assert best * 0.999 < relative(found.b @ found.a, slow) < best * 1.001
+
+
+# Merging.
+
+
+def test_a_linear_merge_is_the_exact_sum_whatever_ranks_alphas_and_targets(tmp_path):
+    first = make_adapter("high", 1, rank=4, ranks={"blocks.0.attn1.to_q": 6}, alphas={"blocks.1.ffn.net.2": 3.0})
+    second = make_adapter("high", 2, rank=3, targets=("attn1.to_q", "ffn.net.2"), rslora=True, alpha=2.0)
+    paths = [write(tmp_path / "1", first), write(tmp_path / "2", second)]
+    lines = merge(paths, tmp_path / "out", MergeSettings(weights=(0.7, -0.5)))
+    found = read_expert(tmp_path / "out", "high")
+    for module in first.modules:
+        assert relative(delta(found, module), 0.7 * delta(first, module) - 0.5 * delta(second, module)) < 1e-6
+    assert found.rank == 4 and found.ranks == {
+        "blocks.0.attn1.to_q": 9, "blocks.1.attn1.to_q": 7, "blocks.0.ffn.net.2": 7, "blocks.1.ffn.net.2": 7,
+    }  # fmt: skip
+    assert set(found.targets) == set(first.targets), "short names where they reach the same modules"
+    assert error_in(lines, "the high-noise expert") < 1e-6
+    assert torch.equal(
+        read_expert(tmp_path / "out" / "comfyui", "high").weights["blocks.0.ffn.net.2.lora_A.weight"],
+        found.weights["blocks.0.ffn.net.2.lora_A.weight"],
+    )
+
+
+# PEFT warns of a second adapter, which is what is wanted.
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_diffusers_gives_a_linear_merge_and_both_adapters_at_once_the_same_output(tiny_base, tmp_path):
+    paths = [write_pair(tmp_path / "1", 1, rank=4), write_pair(tmp_path / "2", 2, rank=3)]
+    merge(paths, tmp_path / "out", MergeSettings(weights=(0.7, 0.5)))
+    pipe = load_pipeline(str(tiny_base), device="cpu")
+    for number, path in enumerate(paths):
+        pipe.load_lora_weights(path, weight_name=HIGH.file_name, adapter_name=f"{number}")
+        pipe.load_lora_weights(path, weight_name=LOW.file_name, adapter_name=f"{number}", load_into_transformer_2=True)
+    pipe.set_adapters(["0", "1"], [0.7, 0.5])
+    merged = load_pipeline(str(tiny_base), tmp_path / "out", device="cpu")
+    for expert in (HIGH, LOW):
+        probe = make_adapter(expert.name)
+        wanted = probe_output(getattr(pipe, expert.component), tiny_base, probe)
+        assert torch.allclose(probe_output(getattr(merged, expert.component), tiny_base, probe), wanted, atol=1e-5)
+
+
+def peft_merge(adapters: list[Adapter], weights: list[float], **options) -> dict[str, torch.Tensor]:
+    """What PEFT's `add_weighted_adapter` makes of adapters, each module's update."""
+    model = nn.Module()
+    for module in adapters[0].modules:
+        parent = model
+        for part in module.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(module.rpartition(".")[2], nn.Linear(*sizes(module), bias=False))
+    names = [f"part{number}" for number in range(len(adapters))]
+    wrapped = None
+    for name, adapter in zip(names, adapters, strict=True):
+        config = LoraConfig(**adapter.peft_config())
+        if wrapped is None:
+            wrapped = get_peft_model(model, config, name)
+        else:
+            wrapped.add_adapter(name, config)
+        state = {f"base_model.model.{key}": value for key, value in adapter.weights.items()}
+        set_peft_model_state_dict(wrapped, state, adapter_name=name)
+    wrapped.add_weighted_adapter(names, weights, "merged", **options)
+    layers = {n.removeprefix("base_model.model."): m for n, m in wrapped.named_modules() if hasattr(m, "lora_A")}
+    return {name: layer.get_delta_weight("merged").detach() for name, layer in layers.items() if name in MODULES}
+
+
+@pytest.mark.parametrize("method", ["svd", "ties", "magnitude_prune", "ties_svd", "magnitude_prune_svd"])
+def test_a_merge_is_what_pefts_own_makes_of_the_same_adapters(tmp_path, method):
+    adapters = [make_adapter("low", seed, targets=("attn1.to_q", "ffn.net.0.proj"), alpha=2.0 + seed) for seed in (1, 2, 3)]  # fmt: skip # noqa: E501
+    weights = [0.9, -0.4, 0.6]
+    options = {} if method == "svd" else {"density": 0.6}
+    ranks = {"rank": 5} if method.endswith("svd") else {}
+    paths = [write(tmp_path / f"{number}", adapter) for number, adapter in enumerate(adapters)]
+    lines = merge(paths, tmp_path / "out", MergeSettings(weights=tuple(weights), method=method, **options, **ranks))
+    found = read_expert(tmp_path / "out", "low")
+    assert (found.rank, found.alpha) == (5 if ranks else 4, 5.0 if ranks else 4.0)
+    oracle = peft_merge(adapters, weights, combination_type=method, svd_rank=ranks.get("rank"), **options)
+    assert sorted(oracle) == MODULES == found.modules
+    for module, wanted in oracle.items():
+        assert relative(delta(found, module), wanted) < 1e-5
+    wanted = sum(weight * deltas(adapter) for weight, adapter in zip(weights, adapters, strict=True))
+    assert error_in(lines, "the low-noise expert") == pytest.approx(relative(deltas(found), wanted), rel=0.06)
+
+
+def test_what_dare_drops_is_a_function_of_seed_expert_and_module(tmp_path):
+    paths = [write_pair(tmp_path / f"{seed}", seed) for seed in (1, 2)]
+    few = [write(tmp_path / f"few{seed}", make_adapter("high", seed, targets=("ffn.net.2",))) for seed in (1, 2)]
+    # The other expert's weights are the same, so that only its name tells its draws apart.
+    twins = [
+        write(tmp_path / f"twin{seed}", as_expert(make_adapter("high", seed, targets=("ffn.net.2",)), "low"))
+        for seed in (1, 2)
+    ]
+
+    def merged(name: str, sources: list[Path], seed: int, expert: str) -> Adapter:
+        settings = MergeSettings(weights=(1.0, 1.0), method="dare_ties", density=0.5, seed=seed)
+        merge(sources, tmp_path / name, settings)
+        return read_expert(tmp_path / name, expert)
+
+    torch.manual_seed(5)
+    first = merged("a", paths, 3, "high")
+    torch.manual_seed(6)
+    assert (tmp_path / "a" / HIGH.file_name).read_bytes() != b""
+    again = merged("b", paths, 3, "high")
+    assert (tmp_path / "a" / HIGH.file_name).read_bytes() == (tmp_path / "b" / HIGH.file_name).read_bytes()
+    assert all(torch.equal(value, again.weights[name]) for name, value in first.weights.items())
+    alone = merged("c", few, 3, "high")
+    assert all(torch.equal(value, first.weights[name]) for name, value in alone.weights.items())
+    name = "blocks.0.ffn.net.2.lora_A.weight"
+    assert not torch.equal(first.weights[name], merged("d", paths, 4, "high").weights[name])
+    assert not torch.equal(alone.weights[name], merged("e", twins, 3, "low").weights[name])
+
+
+def test_dare_of_updates_is_the_sum_on_the_average():
+    adapters, module = [make_adapter("high", seed) for seed in (1, 2)], "blocks.0.attn1.to_q"
+    total = torch.zeros(24, 24)
+    for seed in range(200):
+        product = merge_module(
+            "dare_linear_svd", module, adapters, [0.7, 0.4], density=0.5, rank=24, seed=seed, expert="high"
+        )
+        total += product.b @ product.a / 200
+    wanted = 0.7 * delta(adapters[0], module) + 0.4 * delta(adapters[1], module)
+    # Each value's spread is its own size; of 200 draws it is 1 / 14 of that.
+    assert relative(total, wanted) < 0.1
+
+
+def test_a_merge_speaks_of_its_parts_without_paths_and_warns_where_they_differ(tmp_path):
+    about = {"base": "tiny", "trigger": "ember style", "sampling_shift": "5.0", "training_shift": "5.0", "steps": "300"}
+    first = write_pair(tmp_path / "secret-1", 1, about=about)
+    other = {**about, "trigger": "frost style", "sampling_shift": "7.0"}
+    low = write(tmp_path / "secret-2", make_adapter("low", 2, about=other)) / LOW.file_name
+    comfyui.write(tmp_path / "secret-3.safetensors", make_adapter("low", 3, about={}))
+    sources = [first, low, tmp_path / "secret-3.safetensors"]
+    lines = merge(sources, tmp_path / "out", MergeSettings(weights=(0.5, 0.8, 1.0)))
+    said = "\n".join(lines)
+    assert f"warning: {low} has no adapter of the high-noise expert" in said
+    assert "previewed with sampling_shift 5.0 and 7.0; 7.0, which the largest weight has, is recorded" in said
+    assert "their triggers differ; a prompt now says 'ember style, frost style', or one of them" in said
+    found = read_expert(tmp_path / "out", "low").about
+    assert found["made_by"] == "merge linear of ember style x 0.5 + frost style x 0.8 + adapter 3 x 1"
+    assert (found["base"], found["trigger"], found["sampling_shift"], found["training_shift"]) == (
+        "tiny", "ember style, frost style", "7.0", "5.0",
+    )  # fmt: skip
+    assert "steps" not in found, "no number of steps made the sum"
+    high = read_expert(tmp_path / "out", "high")
+    assert high.about["trigger"] == "ember style" and "secret" not in json.dumps([found, high.about])
+    assert relative(deltas(high), 0.5 * deltas(read_expert(first, "high"))) < 1e-6
+
+
+def refusals(tmp_path: Path) -> dict[str, list[str]]:
+    """Message -> the command that ends with it."""
+    pair = str(write_pair(tmp_path / "pair", 1))
+    other = str(write_pair(tmp_path / "other", 2, rank=3, about={}))
+    high = str(write(tmp_path / "high", make_adapter("high", 3)))
+    low = str(write(tmp_path / "low", make_adapter("low", 4)))
+    dora = str(write_pair(tmp_path / "dora", 5, dora=True))
+    foreign = str(write_pair(tmp_path / "foreign", 6, about={"base": "wide"}))
+    single = str(write(tmp_path / "single", make_adapter("single", 7)))
+    small = make_adapter("high", 8, about={}, targets=("attn1.to_q",))
+    small = replace(small, weights={k: v[:, :12] if ".lora_A." in k else v for k, v in small.weights.items()})
+    narrow = str(write(tmp_path / "narrow", small))
+    wide = str(write_pair(tmp_path / "wide", 9, rank=600, targets=("attn1.to_q",), about={}))
+    empty = str(tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
+    pruning = ["--method", "ties"]
+    return {
+        "merge takes two adapters or more": ["merge", pair],
+        "--weights: 1 for 2 adapters; give one for each": ["merge", pair, other, "--weights", "1"],
+        "a weight of 0 merges nothing": ["merge", pair, other, "--weights", "1", "0"],
+        "a weight of nan merges nothing": ["merge", pair, other, "--weights", "1", "nan"],
+        "no adapters in common": ["merge", high, low],
+        "is a DoRA, whose magnitudes do not add": ["merge", pair, dora],
+        "of different bases, 'tiny' and 'wide'": ["merge", pair, foreign],
+        "base with one denoiser and some for a base with two": ["merge", pair, single, single],
+        "is 12 to 24 and in another adapter 24 to 24": ["merge", pair, narrow],
+        "holds no adapter; an adapter folder has": ["merge", pair, empty],
+        "absent: no such adapter file or folder": ["merge", pair, str(tmp_path / "absent")],
+        "cancel each other out in blocks.0": ["merge", pair, pair, "--weights", "1", "-1"],
+        "the result has rank 1200 and 1024 is the most": ["merge", wide, wide],
+        'method "ties" prunes; say with density': ["merge", pair, pair, *pruning],
+        "--density: Input should be less than 1": ["merge", pair, pair, *pruning, "--density", "1"],
+        'method "linear" keeps everything': ["merge", pair, other, "--density", "0.5"],
+        'method "linear" has the rank that comes out': ["merge", pair, other, "--rank", "4"],
+        "--rank: Input should be less than or equal to 1024": [
+            "merge",
+            pair,
+            pair,
+            "--method",
+            "svd",
+            "--rank",
+            "2000",
+        ],
+        'adds factors of one rank, and blocks.0.attn1.to_k has 3 and 4; use "ties_svd"': [
+            *["merge", pair, other, *pruning, "--density", "0.5"]
+        ],
+        "--rank: 4 is out of range; the adapter has rank 4, so 1 to 3": ["resize", pair, "--rank", "4"],
+        "--rank: 0 is out of range": ["resize", pair, "--rank", "0"],
+        "--energy: 1 is out of range": ["resize", pair, "--energy", "1"],
+        "--strength: 0 must be above 0": ["scale", pair, "--strength", "0", "1"],
+        "--strength: -1 must be above 0": ["scale", pair, "--strength", "-1"],
+        "--strength takes one number, or two": ["scale", pair, "--strength", "1", "2", "3"],
+    }
+
+
+def test_bad_input_ends_with_one_message_and_exit_2_and_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "out"
+    for message, command in refusals(tmp_path).items():
+        assert main([*command, "--out", str(out)]) == 2, message
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ") and said.err.count("\n") == 1 and message in said.err, said.err
+        assert not said.out and not out.exists() and not list(tmp_path.glob(".*")), message
+    taken = tmp_path / "pair"
+    before = (taken / HIGH.file_name).read_bytes()
+    for command in (["scale", str(taken), "--strength", "2"], ["resize", str(taken), "--rank", "1"]):
+        assert main([*command, "--out", str(taken)]) == 2
+        assert f"{taken}: already holds high_noise.safetensors; give another folder" in capsys.readouterr().err
+    assert (taken / HIGH.file_name).read_bytes() == before
+
+
+def test_a_write_that_fails_leaves_nothing_and_other_files_of_the_folder_stay(tmp_path, monkeypatch):
+    source = write_pair(tmp_path / "pair", 1)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+
+    def fail(*arguments) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wan_finetune.export.comfyui.write", fail)
+        with pytest.raises(OSError, match="disk full"):
+            scale(source, out, (0.5, 0.5))
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_relative_to(out)) == ["notes.txt", "out"]
+    assert not list(tmp_path.glob(".*"))
+    scale(source, out, (0.5, 0.5))
+    assert (out / "notes.txt").read_text() == "mine" and (out / "comfyui" / LOW.file_name).is_file()
+
+
+# Scaling.
+
+
+@pytest.mark.parametrize("fields", [{}, {"rslora": True, "alphas": {MODULES[0]: 3.0}}, {"dora": True}], ids=str)
+def test_a_baked_strength_is_the_strength_and_no_tensor_changes(tiny_base, tmp_path, fields):
+    source = write_pair(tmp_path / "pair", 1, **fields)
+    assert main(["scale", str(source), "--strength", "0.8", "0.5", "--out", str(tmp_path / "out")]) == 0
+    live = load_pipeline(str(tiny_base), source, strength=(0.8, 0.5), device="cpu")
+    baked = load_pipeline(str(tiny_base), tmp_path / "out", device="cpu")
+    for expert, strength in ((HIGH, 0.8), (LOW, 0.5)):
+        before, after = read_expert(source, expert.name), read_expert(tmp_path / "out", expert.name)
+        assert all(torch.equal(value, after.weights[name]) for name, value in before.weights.items())
+        assert all(after.scale(m) == pytest.approx(strength * before.scale(m), rel=1e-15) for m in before.modules)
+        assert after.about["made_by"] == f"scale {strength:g}" and after.about["trigger"] == "look 1"
+        outputs = [probe_output(getattr(pipe, expert.component), tiny_base, before) for pipe in (live, baked)]
+        assert torch.allclose(*outputs, atol=1e-6)
+
+
+# Other ranks.
+
+
+def truncated(matrix: torch.Tensor, keep: Callable[[torch.Tensor], int]) -> torch.Tensor:
+    u, s, vh = torch.linalg.svd(matrix)
+    rank = keep(s)
+    return u[:, :rank] * s[:rank] @ vh[:rank]
+
+
+def test_a_resized_adapter_is_the_best_of_its_rank_and_its_error_is_told(tmp_path):
+    source = write_pair(tmp_path / "pair", 1, rank=6, rslora=True, ranks={MODULES[0]: 2})
+    lines = resize(source, tmp_path / "out", rank=3)
+    for expert in (HIGH, LOW):
+        before, after = read_expert(source, expert.name), read_expert(tmp_path / "out", expert.name)
+        assert after.rank == 3 and after.ranks == {MODULES[0]: 2}
+        wanted = torch.cat([truncated(delta(before, m), lambda s: 3).flatten() for m in before.modules])
+        assert relative(deltas(after), wanted) < 1e-6
+        told = error_in(lines, expert.title)
+        assert told == pytest.approx(relative(deltas(after), deltas(before)), rel=0.06)
+        assert f"{1 - relative(deltas(after), deltas(before)) ** 2:.2%} of the energy kept" in "\n".join(lines)
+
+
+def test_energy_gives_each_module_the_lowest_rank_that_holds_it(tmp_path):
+    adapter = make_adapter("high", 1, rank=8)
+    for number, module in enumerate(adapter.modules):
+        # Some modules need few directions.
+        adapter.weights[f"{module}.lora_B.weight"][:, 1 + number % 8 :] *= 0.01
+    source = write(tmp_path / "pair", adapter)
+    resize(source, tmp_path / "out", energy=0.95)
+    after = read_expert(tmp_path / "out", "high")
+    assert len({after.rank, *after.ranks.values()}) > 2
+    for module in adapter.modules:
+        s = torch.linalg.svdvals(delta(adapter, module)) ** 2
+        rank = after.ranks.get(module, after.rank)
+        assert float(s[:rank].sum() / s.sum()) >= 0.95 > float(s[: rank - 1].sum() / s.sum())
+
+
+def test_a_resized_dora_keeps_its_magnitudes_and_without_loss_its_output(tiny_base, tmp_path):
+    adapter = make_adapter("low", 1, rank=8, dora=True)
+    for module in adapter.modules:
+        adapter.weights[f"{module}.lora_B.weight"][:, 4:] = 0
+    resize(write(tmp_path / "pair", adapter), tmp_path / "out", rank=4)
+    outputs = []
+    for folder in (tmp_path / "pair", tmp_path / "out"):
+        pipe = load_pipeline(str(tiny_base), folder, device="cpu")
+        outputs.append(probe_output(pipe.transformer_2, tiny_base, adapter))
+    assert torch.allclose(*outputs, atol=1e-5)
+    plain = replace(adapter, dora=False, weights={k: v for k, v in adapter.weights.items() if ".lora_m" not in k})
+    assert not torch.allclose(outputs[1], changed_output(tiny_base, LOW, plain), atol=1e-3)
+
+
+def test_peft_is_of_the_version_that_the_merges_were_read_from():
+    # Its merge functions are no part of PEFT's documented API.
+    assert tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 21)
