@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..adapters import Adapter
 from ..errors import InputError
@@ -110,10 +111,19 @@ def write_merged(
     partial = out.with_name(f".{out.name}.partial")
     start(partial, out, job_of(base, adapters, dtype, of))
     require_room(partial, out, list(stored.values()), dtype)
-    for expert in experts:
-        target = partial / expert.component
-        write_denoiser(stored[expert.name], target, by_expert.get(expert.name), of[expert.name], dtype)
-    copy_rest(base, partial, {expert.component for expert in experts}, link=link)
+    try:
+        for expert in experts:
+            target = partial / expert.component
+            write_denoiser(stored[expert.name], target, by_expert.get(expert.name), of[expert.name], dtype)
+        copy_rest(base, partial, {expert.component for expert in experts}, link=link)
+    except InputError:
+        shutil.rmtree(partial)
+        raise
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{out}: could not be written ({error}); what is ready stays in {partial}, and the same command goes on "
+            "with it"
+        ) from error
     lines = [
         f"warning: {e.title} has no adapter; its weights are the base's" for e in experts if e.name not in by_expert
     ]
@@ -153,6 +163,9 @@ def start(partial: Path, out: Path, job: dict[str, Any]) -> None:
             raise InputError(f"{partial}: is no folder of an interrupted merge; remove it")
         if read_json(partial / JOB) != job:
             shutil.rmtree(partial)
+        # A process that was killed leaves what it was writing.
+        for torn in list(partial.rglob(".*.partial")):
+            torn.unlink()
     partial.mkdir(parents=True, exist_ok=True)
     write_json(partial / JOB, job)
 
@@ -164,8 +177,11 @@ def require_room(partial: Path, out: Path, stored: Sequence[StoredWeights], dtyp
         InputError: saying how much is needed and how much there is.
     """
     needed = SPARE_BYTES + sum(written_bytes(name, head, dtype) for each in stored for name, head in each.heads.items())
-    needed -= sum(file.stat().st_size for file in partial.rglob("*.safetensors"))
+    ready = sum(file.stat().st_size for file in partial.rglob("*.safetensors"))
+    needed -= ready
     if (free := shutil.disk_usage(partial).free) < needed:
+        if not ready:
+            shutil.rmtree(partial)
         raise InputError(
             f"{out}: needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; give a folder on another disk"
         )

@@ -120,7 +120,7 @@ def extract_expert(
     left_out: dict[str, LeftOut] = defaultdict(LeftOut)
     for name, old, difference in differences(before, after):
         if not is_block_matrix(name, difference):
-            found = left_out[re.sub(r"\d+", "*", name)]
+            found = left_out[re.sub(r"\.\d+\.", ".*.", name)]
             found.tensors += 1
             found.values += difference.numel()
             found.difference += float(difference.norm()) ** 2
