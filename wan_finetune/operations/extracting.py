@@ -19,7 +19,7 @@ from ..memory.loading import is_block_matrix
 from ..weight_files import StoredWeights, TensorHead, stored_weights
 from . import facts
 from .dense import best_of_rank, distance
-from .factors import Factors, adapter_of
+from .factors import Factors, adapter_of, as_written
 from .sources import require_free, write_adapters
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -127,7 +127,7 @@ def extract_expert(
             found.size += float(old.norm()) ** 2
             continue
         module = name.removesuffix(".weight")
-        product = best_of_rank(difference, rank, seed_at(0, expert.name, "extract", module))
+        product = as_written(best_of_rank(difference, rank, seed_at(0, expert.name, "extract", module)))
         whole, lost = float(difference.norm()) ** 2, distance(product, difference) ** 2
         products[module], energies[module] = product, max(0.0, 1 - lost / whole)
         squares["all"] += whole

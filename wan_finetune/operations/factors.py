@@ -43,6 +43,11 @@ def update_of(adapter: Adapter, module: str) -> Factors:
     return Factors(b * adapter.scale(module), a)
 
 
+def highest_rank(adapter: Adapter) -> int:
+    """The highest rank of any module."""
+    return max(adapter.ranks.get(module, adapter.rank) for module in adapter.modules)
+
+
 def total(parts: Iterable[Factors], weights: Iterable[float]) -> Factors:
     """The exact weighted sum of products, by joining them: its rank is the sum of their ranks."""
     weighted = [(part, weight) for part, weight in zip(parts, weights, strict=True)]
@@ -67,8 +72,14 @@ def norm(product: Factors) -> float:
 
 
 def distance(first: Factors, second: Factors) -> float:
-    """Frobenius norm of the difference of two products."""
-    return norm(total([first, second], [1.0, -1.0]))
+    """Frobenius norm of the difference of two products, of any precision."""
+    b = torch.cat([first.b.double(), -second.b.double()], 1)
+    return norm(Factors(b, torch.cat([first.a.double(), second.a.double()])))
+
+
+def as_written(product: Factors) -> Factors:
+    """A product as files hold it, fp32."""
+    return Factors(product.b.float().contiguous(), product.a.float().contiguous())
 
 
 def first_of(found: Spectrum, rank: int) -> Factors:
@@ -80,7 +91,7 @@ def first_of(found: Spectrum, rank: int) -> Factors:
 def adapter_of(
     expert: ExpertName, products: Mapping[str, Factors], targets: Iterable[str], about: Mapping[str, str]
 ) -> Adapter:
-    """Products as an adapter whose alpha is the rank, module by module, so that nothing is scaled.
+    """Products, fp32, as an adapter whose alpha is the rank, module by module, so that nothing is scaled.
 
     Args:
         targets: names or ends of names that reach these modules; those that reach none are left out.
@@ -95,8 +106,8 @@ def adapter_of(
     others = {module: value for module, value in ranks.items() if value != rank}
     weights = {}
     for module, product in products.items():
-        weights[f"{module}.lora_A.weight"] = product.a.float().contiguous()
-        weights[f"{module}.lora_B.weight"] = product.b.float().contiguous()
+        weights[f"{module}.lora_A.weight"] = product.a
+        weights[f"{module}.lora_B.weight"] = product.b
     return Adapter(
         expert=expert,
         rank=rank,

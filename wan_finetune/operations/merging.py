@@ -14,7 +14,7 @@ from ..lora import Rank
 from ..pairing import module_sizes
 from ..settings import Settings
 from . import facts
-from .factors import Factors, adapter_of, distance, first_of, norm, spectrum, total, update_of
+from .factors import Factors, adapter_of, as_written, distance, first_of, highest_rank, norm, spectrum, total, update_of
 from .methods import Method, pruning_function
 from .pruning import merge_module
 from .sources import Source, open_source, require_free, write_adapters
@@ -123,7 +123,7 @@ def merge_expert(sources: Sequence[Source], expert: ExpertName, settings: MergeS
     adapters, weights = [adapter for _, adapter in held], [settings.weights[number] for number, _ in held]
     titles = [facts.title_of(adapter, number + 1) for number, adapter in held]
     about, warnings = facts.merged(adapters, titles, weights, settings.method)
-    rank = settings.rank or max(max(adapter.rank, *adapter.ranks.values(), 0) for adapter in adapters)
+    rank = settings.rank or max(highest_rank(adapter) for adapter in adapters)
     products, squares = {}, {"error": 0.0, "sum": 0.0}
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
         having = [(a, w) for a, w in zip(adapters, weights, strict=True) if f"{module}.lora_A.weight" in a.weights]
@@ -132,8 +132,8 @@ def merge_expert(sources: Sequence[Source], expert: ExpertName, settings: MergeS
         parts = sum(abs(weight) * norm(update_of(adapter, module)) for adapter, weight in having)
         if length <= CANCELLED * parts:
             raise InputError(f"the weights cancel each other out in {module} of {EXPERTS[expert].title}; change them")
-        products[module] = merge_module_by(settings, expert, module, having, exact, rank)
-        squares["error"] += distance(doubled(products[module]), exact) ** 2
+        products[module] = as_written(merge_module_by(settings, expert, module, having, exact, rank))
+        squares["error"] += distance(products[module], exact) ** 2
         squares["sum"] += length**2
     targets = [target for adapter in adapters for target in adapter.targets]
     adapter = adapter_of(expert, products, targets, about)
@@ -170,11 +170,6 @@ def merge_module_by(
         seed=settings.seed,
         expert=expert,
     )
-
-
-def doubled(product: Factors) -> Factors:
-    """A product as it is written, fp32, in float64 for measuring."""
-    return Factors(product.b.float().double(), product.a.float().double())
 
 
 def described(result: Merged, method: str) -> str:

@@ -11,9 +11,8 @@ from torch import Tensor
 from ..adapters import Adapter
 from ..errors import InputError
 from ..experts import EXPERTS
-from ..lora import MAX_RANK
 from . import facts
-from .factors import Factors, adapter_of, distance, first_of, norm, spectrum, update_of
+from .factors import adapter_of, as_written, distance, first_of, highest_rank, norm, spectrum, update_of
 from .sources import open_source, require_free, write_adapters
 
 ChooseRank = Callable[[Tensor], int]
@@ -42,9 +41,9 @@ def resize(source: Path, out: Path, *, rank: int | None = None, energy: float | 
     require_free(out)
     adapters = list(open_source(source).adapters.values())
     if rank is not None:
-        highest = max(value for adapter in adapters for value in (adapter.rank, *adapter.ranks.values()))
+        highest = max(highest_rank(adapter) for adapter in adapters)
         if not 1 <= rank < highest:
-            allowed = f"1 to {min(highest, MAX_RANK + 1) - 1}" if highest > 1 else "none lower"
+            allowed = f"1 to {highest - 1}" if highest > 1 else "none lower"
             raise InputError(f"--rank: {rank} is out of range; the adapter has rank {highest}, so {allowed} can be had")
         results = [resize_adapter(adapter, at_most(rank), f"resize to rank {rank}") for adapter in adapters]
     else:
@@ -78,9 +77,8 @@ def resize_adapter(adapter: Adapter, choose: ChooseRank, operation: str) -> Resi
         update = update_of(adapter, module)
         found = spectrum(update)
         rank = max(1, choose(found.s))
-        product = first_of(found, rank) if rank < update.a.shape[0] else update
-        products[module] = product
-        squares["error"] += distance(Factors(product.b.float().double(), product.a.float().double()), update) ** 2
+        products[module] = as_written(first_of(found, rank) if rank < update.a.shape[0] else update)
+        squares["error"] += distance(products[module], update) ** 2
         squares["all"] += norm(update) ** 2
     result = adapter_of(adapter.expert, products, adapter.targets, facts.after(adapter.about, operation))
     magnitudes = {name: value for name, value in adapter.weights.items() if name.endswith(".lora_magnitude_vector")}
