@@ -45,7 +45,7 @@ def test_a_merged_adapter_comes_back(tiny_base, tmp_path, fields):
         assert found.modules == adapter.modules and set(found.targets) == set(LORA_TARGETS)
         assert relative(deltas(found), deltas(adapter)) < 1e-5
         assert found.about["trigger"] == "look" and found.about["base"] == "tiny"
-        assert found.about["made_by"] == "extract at rank 8" and str(tmp_path) not in json.dumps(found.about)
+        assert found.about["operation"] == "extract at rank 8" and str(tmp_path) not in json.dumps(found.about)
     assert sum("20 modules, 100.00% of the difference's energy kept" in line for line in lines) == 2
     assert not any("warning" in line for line in lines)
 

@@ -19,6 +19,7 @@ from wan_finetune.experts import HIGH, LOW
 from wan_finetune.export import probe_output
 from wan_finetune.formats import comfyui
 from wan_finetune.formats.reading import read_expert
+from wan_finetune.operations import facts
 from wan_finetune.operations.dense import best_of_rank
 from wan_finetune.operations.factors import Factors, first_of, norm, spectrum
 from wan_finetune.operations.merging import MergeSettings, merge
@@ -213,7 +214,7 @@ def test_a_merge_speaks_of_its_parts_without_paths_and_warns_where_they_differ(t
     assert "previewed with sampling_shift 5.0 and 7.0; 7.0, which the largest weight has, is recorded" in said
     assert "their triggers differ; a prompt now says 'ember style, frost style', or one of them" in said
     found = read_expert(tmp_path / "out", "low").about
-    assert found["made_by"] == "merge linear of ember style x 0.5 + frost style x 0.8 + adapter 3 x 1"
+    assert found["operation"] == "merge linear of ember style x 0.5 + frost style x 0.8 + adapter 3 x 1"
     assert (found["base"], found["trigger"], found["sampling_shift"], found["training_shift"]) == (
         "tiny", "ember style, frost style", "7.0", "5.0",
     )  # fmt: skip
@@ -221,6 +222,31 @@ def test_a_merge_speaks_of_its_parts_without_paths_and_warns_where_they_differ(t
     high = read_expert(tmp_path / "out", "high")
     assert high.about["trigger"] == "ember style" and "secret" not in json.dumps([found, high.about])
     assert relative(deltas(high), 0.5 * deltas(read_expert(first, "high"))) < 1e-6
+
+
+def test_what_a_merged_file_records_can_be_written_and_says_no_more_than_is_known():
+    chinese = make_adapter("low", 1, about={"trigger": "水墨风格", "licence": "mit", "resolution": "832x480"})
+    long = make_adapter("low", 2, about={"trigger": "x" * 190, "licence": "apache-2.0", "resolution": "832x480"})
+    titles = [facts.title_of(adapter, number) for number, adapter in enumerate((chinese, long), 1)]
+    assert titles == ["adapter 1", "adapter 2"]
+    about, warnings = facts.merged([chinese, long], titles, [0.4, -0.9], "linear")
+    assert about["operation"] == "merge linear of adapter 1 x 0.4 + adapter 2 x -0.9"
+    assert about["resolution"] == "832x480" and "licence" not in about
+    assert warnings[1] == "their licences differ (mit, apache-2.0); none is recorded, and all of them hold"
+    short = replace(long, about={"trigger": ""})
+    assert facts.merged([chinese, short], titles, [1, 1], "svd")[0]["trigger"] == "水墨风格"
+    assert about["trigger"] == "水墨风格, " + "x" * 190 and not facts.joined_trigger([short], [short])[1]
+    longer = replace(long, about={"trigger": "y" * 200})
+    trigger, said = facts.joined_trigger([chinese, longer], [longer, chinese])
+    assert trigger == "y" * 200 and "too long to be joined" in said[0]
+
+
+def test_a_history_keeps_its_latest_operations():
+    about: dict[str, str] = {}
+    for number in range(40):
+        about = facts.after(about, f"scale {number}")
+    assert about["operation"].endswith("scale 38; scale 39") and 280 < len(about["operation"]) <= 300
+    assert all(part.startswith("scale ") for part in about["operation"].split("; "))
 
 
 def refusals(tmp_path: Path) -> dict[str, list[str]]:
@@ -325,7 +351,7 @@ def test_a_baked_strength_is_the_strength_and_no_tensor_changes(tiny_base, tmp_p
         before, after = read_expert(source, expert.name), read_expert(tmp_path / "out", expert.name)
         assert all(torch.equal(value, after.weights[name]) for name, value in before.weights.items())
         assert all(after.scale(m) == pytest.approx(strength * before.scale(m), rel=1e-15) for m in before.modules)
-        assert after.about["made_by"] == f"scale {strength:g}" and after.about["trigger"] == "look 1"
+        assert after.about["operation"] == f"scale {strength:g}" and after.about["trigger"] == "look 1"
         outputs = [probe_output(getattr(pipe, expert.component), tiny_base, before) for pipe in (live, baked)]
         assert torch.allclose(*outputs, atol=1e-6)
 

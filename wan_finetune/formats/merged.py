@@ -22,7 +22,7 @@ JOB = "job.json"
 """In a folder that is not ready: what is being made, so that the same command goes on with it."""
 MERGED = "merged.json"
 """In a ready folder: what was merged, with no paths."""
-FACTS = ("trigger", "made_by", "sampling_shift", "fps")
+FACTS = ("trigger", "operation", "sampling_shift", "fps")
 """Of each adapter, in `merged.json`."""
 SCHEDULER = "scheduler/scheduler_config.json"
 SPARE_BYTES = 64 << 20

@@ -1,27 +1,38 @@
 """What the result of an operation says of itself: no paths, no names of files."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 from .. import __version__
 from ..adapters import Adapter
 from ..errors import InputError
 
-MADE_BY = "made_by"
+OPERATION = "operation"
 """The operations that an adapter went through, in their order."""
-KEPT_IF_EQUAL = ("training_shift",)
+MOST_LETTERS = 300
+"""Of the operations; the latest are kept."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .,:=()-]{0,39}")
+"""A trigger that can stand for its adapter among the operations."""
+KEPT_IF_EQUAL = ("base_revision", "boundary", "training_shift", "resolution", "frames", "licence")
 SAMPLED_WITH = ("sampling_shift", "fps")
 """Facts of which a pipeline can follow one only: those of the adapter with the largest weight."""
+MOST_TRIGGER = 200
+"""Letters of a trigger."""
 
 
 def after(about: Mapping[str, str], operation: str) -> dict[str, str]:
     """An adapter's facts after an operation on it alone."""
-    earlier = [about[MADE_BY]] if MADE_BY in about else []
-    return {**about, MADE_BY: "; ".join([*earlier, operation]), "toolkit": f"wan-finetune {__version__}"}
+    operations = [*about.get(OPERATION, "").split("; "), operation] if about.get(OPERATION) else [operation]
+    while len("; ".join(operations)) > MOST_LETTERS and len(operations) > 1:
+        del operations[0]
+    told = "; ".join(operations)[:MOST_LETTERS]
+    return {**about, OPERATION: told, "toolkit": f"wan-finetune {__version__}"}
 
 
 def title_of(adapter: Adapter, number: int) -> str:
     """What a merge calls one of its parts."""
-    return adapter.about.get("trigger") or f"adapter {number}"
+    trigger = adapter.about.get("trigger", "")
+    return trigger if NAME.fullmatch(trigger) else f"adapter {number}"
 
 
 def merged(
@@ -39,30 +50,46 @@ def merged(
         raise InputError(
             f"the adapters are of different bases, {' and '.join(map(repr, bases))}; they cannot be merged"
         )
-    about, warnings = {}, []
-    if bases:
-        about["base"] = bases[0]
-    triggers = [trigger for trigger in distinct(adapters, "trigger") if trigger]
-    if distinct(adapters, "trigger"):
-        about["trigger"] = ", ".join(triggers)
-    if len(triggers) > 1:
-        warnings.append(f"their triggers differ; a prompt now says {about['trigger']!r}, or one of them")
+    about = {"base": bases[0]} if bases else {}
+    heaviest = [adapter for _, adapter in sorted(zip(weights, adapters, strict=True), key=lambda pair: -abs(pair[0]))]
+    trigger, warnings = joined_trigger(adapters, heaviest)
+    if trigger is not None:
+        about["trigger"] = trigger
     for fact in KEPT_IF_EQUAL:
         values = distinct(adapters, fact)
         if len(values) == 1:
             about[fact] = values[0]
-    heaviest = sorted(zip(weights, adapters, strict=True), key=lambda pair: -abs(pair[0]))
+        elif fact == "licence" and values:
+            warnings.append(f"their licences differ ({', '.join(values)}); none is recorded, and all of them hold")
     for fact in SAMPLED_WITH:
-        values = [adapter.about[fact] for _, adapter in heaviest if fact in adapter.about]
+        values = distinct(heaviest, fact)
         if values:
             about[fact] = values[0]
-        if len(set(values)) > 1:
+        if len(values) > 1:
             warnings.append(
                 f"they were previewed with {fact} {' and '.join(distinct(adapters, fact))}; {values[0]}, which the "
                 "largest weight has, is recorded"
             )
     parts = " + ".join(f"{title} x {weight:g}" for title, weight in zip(titles, weights, strict=True))
     return after(about, f"merge {method} of {parts}"), warnings
+
+
+def joined_trigger(adapters: Sequence[Adapter], heaviest: Sequence[Adapter]) -> tuple[str | None, list[str]]:
+    """The trigger of a merged adapter, None where no part speaks of one, and what to say of it.
+
+    Args:
+        heaviest: the same adapters, by falling weight.
+    """
+    said = distinct(adapters, "trigger")
+    triggers = [trigger for trigger in said if trigger]
+    whole = ", ".join(triggers)
+    if len(whole) > MOST_TRIGGER:
+        first = next(trigger for trigger in distinct(heaviest, "trigger") if trigger)
+        return first, [
+            f"their triggers are too long to be joined; {first!r}, which the largest weight has, is recorded"
+        ]
+    warnings = [f"their triggers differ; a prompt now says {whole!r}, or one of them"] if len(triggers) > 1 else []
+    return (whole if said else None), warnings
 
 
 def distinct(adapters: Sequence[Adapter], fact: str) -> list[str]:
