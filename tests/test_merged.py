@@ -19,11 +19,12 @@ from tests.lora_material import make_adapter
 from tests.process_facts import resident_bytes
 from tests.tiny_model import write_tiny_base
 from wan_finetune.adapters import Adapter
+from wan_finetune.commands.merged import add_merged_options, export_merged
 from wan_finetune.errors import InputError
 from wan_finetune.experts import EXPERTS, HIGH, LOW, SINGLE, load_expert
 from wan_finetune.export import probe_output
 from wan_finetune.formats import merged
-from wan_finetune.formats.merged import add_merged_options, export_merged, write_merged
+from wan_finetune.formats.merged import write_merged
 from wan_finetune.pipeline import add_adapters, load_pipeline
 
 SHARD_BYTES = 24_000
@@ -40,8 +41,14 @@ def sharded(tiny_base, tmp_path_factory) -> Path:
         shutil.rmtree(folder / expert.component)
         model.save_pretrained(folder / expert.component, max_shard_size=SHARD_BYTES)
         assert len(list((folder / expert.component).glob("*.safetensors"))) > 3
-    for config in (folder / "transformer" / "config.json", folder / "text_encoder" / "config.json"):
-        config.write_text(json.dumps({**json.loads(config.read_text()), "_name_or_path": "/home/someone/base"}))
+    for part, key in {
+        "transformer": "_name_or_path",
+        "text_encoder": "_name_or_path",
+        "tokenizer": "name_or_path",
+    }.items():
+        config = next((folder / part).glob("*config.json"))
+        config.write_text(json.dumps({**json.loads(config.read_text()), key: "/home/someone/base"}))
+    (folder / "LICENSE.txt").write_text("Apache-2.0")
     return folder
 
 
@@ -125,7 +132,7 @@ def test_shards_and_index_are_the_bases_and_the_rest_is_linked_without_paths(sha
             with safe_open(tmp_path / "out" / expert.component / file, framework="pt") as shard:
                 assert name in shard.keys()  # noqa: SIM118 - not a dict
     for path in (tmp_path / "out").rglob("*.json"):
-        assert "_name_or_path" not in path.read_text() and "someone" not in path.read_text()
+        assert "name_or_path" not in path.read_text() and "someone" not in path.read_text()
     vae = Path("vae") / "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "out" / vae).samefile(sharded / vae)
     assert json.loads((tmp_path / "out" / "merged.json").read_text()) == {

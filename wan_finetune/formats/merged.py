@@ -1,6 +1,5 @@
 """Full weights with the adapter merged in: a diffusers folder that needs no LoRA any more."""
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 
 from ..adapters import Adapter
 from ..errors import InputError
-from ..experts import EXPERTS, HIGH, LOW, SINGLE, ExpertName, base_folder, boundary_ratio, fingerprint
+from ..experts import EXPERTS, HIGH, LOW, SINGLE, ExpertName, boundary_ratio, fingerprint
 from ..weight_files import StoredWeights, read_json, stored_weights
 from .merged_denoiser import require_fits, without_paths, write_denoiser, write_json, written_bytes
 
@@ -27,39 +26,6 @@ FACTS = ("trigger", "operation", "sampling_shift", "fps")
 SCHEDULER = "scheduler/scheduler_config.json"
 SPARE_BYTES = 64 << 20
 """Room for headers and configurations."""
-
-
-def add_merged_options(parser: argparse.ArgumentParser) -> None:
-    """Put the options of this format into the parser of `export`."""
-    group = parser.add_argument_group("options of --format merged")
-    group.add_argument("--base", help='of the adapter: "pocket", a diffusers folder, or a Hub repository')
-    group.add_argument("--revision", help="of a Hub repository")
-    group.add_argument("--strength", type=float, nargs="+", default=[1.0], help="one number, or two (high low)")
-    group.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of the merged weights")
-    group.add_argument("--copy", action="store_true", help="copy the other components instead of linking them")
-
-
-def export_merged(arguments: argparse.Namespace, adapters: Sequence[Adapter]) -> list[str]:
-    """`export --format merged` with the options above; returns what to tell the user.
-
-    Raises:
-        InputError: for options that are missing or odd, and as `write_merged` does.
-    """
-    if not arguments.base:
-        raise InputError("--format merged needs --base, the model that the adapter is merged into")
-    if len(arguments.strength) > 2:
-        raise InputError(f"--strength takes one number, or two (high low), got {len(arguments.strength)}")
-    folder = base_folder(arguments.base, (), arguments.revision)
-    folder = base_folder(arguments.base, components_of(folder), arguments.revision)
-    return write_merged(
-        folder,
-        adapters,
-        arguments.out,
-        dtype=DTYPES[arguments.dtype],
-        strengths=(arguments.strength[0], arguments.strength[-1]),
-        name=Path(arguments.base).name if Path(arguments.base).is_dir() else arguments.base,
-        link=not arguments.copy,
-    )
 
 
 def components_of(folder: Path) -> list[str]:
@@ -193,10 +159,15 @@ def copy_rest(base: Path, partial: Path, done: set[str], *, link: bool) -> None:
         for file in sorted(path for path in (base / component).rglob("*") if path.is_file()):
             target = partial / file.relative_to(base)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if file.name == "config.json":
-                write_json(target, without_paths(read_json(file)))
-            elif not target.is_file():
+            if target.is_file():
+                continue
+            config = read_json(file) if file.name.endswith("config.json") else {}
+            if without_paths(config) != config:
+                write_json(target, without_paths(config))
+            else:
                 put(file.resolve(), target, link=link)
+    for file in (path for pattern in ("LICENSE*", "NOTICE*") for path in base.glob(pattern) if path.is_file()):
+        put(file.resolve(), partial / file.name, link=False)
     write_json(partial / "model_index.json", without_paths(read_json(base / "model_index.json")))
 
 

@@ -18,7 +18,7 @@ from ..experts import EXPERTS
 from ..weight_files import StoredWeights, TensorHead, read_json
 from .files import save_atomically
 
-PATHS = ("_name_or_path",)
+PATHS = ("_name_or_path", "name_or_path")
 """Keys of configurations that may hold a path of the machine where they were written."""
 
 
