@@ -50,6 +50,17 @@ def test_a_merged_adapter_comes_back(tiny_base, tmp_path, fields):
     assert not any("warning" in line for line in lines)
 
 
+def test_a_dora_becomes_a_plain_lora_by_way_of_its_merged_weights(tiny_base, tmp_path):
+    dora = make_adapter("high", 1, dora=True, targets=("attn1.to_q", "ffn.net.2"))
+    write_merged(tiny_base, [dora], tmp_path / "tuned", dtype=torch.float32)
+    extract(str(tiny_base), str(tmp_path / "tuned"), tmp_path / "out", rank=24)
+    found = read_expert(tmp_path / "out", "high")
+    assert not found.dora
+    base, tuned = (load_expert(folder, HIGH, torch.float32).state_dict() for folder in (tiny_base, tmp_path / "tuned"))
+    for module in dora.modules:
+        assert relative(delta(found, module), tuned[f"{module}.weight"] - base[f"{module}.weight"]) < 1e-6
+
+
 def test_at_a_lower_rank_it_is_the_best_of_that_rank_and_the_energy_is_told(tiny_base, tmp_path):
     adapters = pair(rank=6)
     write_merged(tiny_base, adapters, tmp_path / "tuned", dtype=torch.float32)

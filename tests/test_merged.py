@@ -109,6 +109,7 @@ def test_the_folder_opens_in_diffusers_and_draws_what_base_and_adapter_draw(shar
     for expert in (HIGH, LOW):
         outputs = [probe_output(getattr(p, expert.component), sharded, make_adapter(expert.name)) for p in (pipe, live)]
         assert torch.allclose(*outputs, atol=1e-5)
+    assert not any("was trained for" in line for line in lines)
     assert pipe.scheduler.config.flow_shift == 7.5 and any("flow shift is 7.5" in line for line in lines)
     assert WanPipeline.from_pretrained(sharded).scheduler.config.flow_shift == 5.0, "the base's file is not touched"
 
@@ -283,6 +284,7 @@ def test_the_options_of_export_say_all_of_it(sharded, tmp_path):
     adapters = pair()
     lines = export_merged(parser.parse_args([*words, "--base", str(sharded)]), adapters)
     assert lines[0] == str(tmp_path / "out")
+    assert "warning: the adapter of the low-noise expert was trained for tiny, and this is base" in lines
     wanted = fused_by_peft(sharded, adapters, (0.8, 0.6))
     for expert in (HIGH, LOW):
         found = weights_of(tmp_path / "out", expert.component)
@@ -291,6 +293,10 @@ def test_the_options_of_export_say_all_of_it(sharded, tmp_path):
     assert not (tmp_path / "out" / vae).samefile(sharded / vae)
     with pytest.raises(InputError, match="needs --base"):
         export_merged(parser.parse_args(words), adapters)
+    with pytest.raises(InputError, match="a strength of nan is no number"):
+        export_merged(
+            parser.parse_args(["--out", str(tmp_path / "x"), "--base", str(sharded), "--strength", "nan"]), []
+        )
     with pytest.raises(InputError, match="--strength takes one number, or two"):
         export_merged(parser.parse_args(["--base", str(sharded), "--strength", "1", "1", "1"]), adapters)
 

@@ -94,6 +94,7 @@ def test_a_linear_merge_is_the_exact_sum_whatever_ranks_alphas_and_targets(tmp_p
     }  # fmt: skip
     assert set(found.targets) == set(first.targets), "short names where they reach the same modules"
     assert error_in(lines, "the high-noise expert") < 1e-6
+    assert "warning: look 2 has 4 of the 20 modules of the high-noise expert" in lines
     assert torch.equal(
         read_expert(tmp_path / "out" / "comfyui", "high").weights["blocks.0.ffn.net.2.lora_A.weight"],
         found.weights["blocks.0.ffn.net.2.lora_A.weight"],

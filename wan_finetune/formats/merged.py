@@ -1,6 +1,7 @@
 """Full weights with the adapter merged in: a diffusers folder that needs no LoRA any more."""
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 
 from ..adapters import Adapter
 from ..errors import InputError
-from ..experts import EXPERTS, HIGH, LOW, SINGLE, ExpertName, boundary_ratio, fingerprint
+from ..experts import EXPERTS, HIGH, LOW, SINGLE, Expert, ExpertName, boundary_ratio, fingerprint
 from ..weight_files import StoredWeights, read_json, stored_weights
 from .merged_denoiser import require_fits, without_paths, write_denoiser, write_json, written_bytes
 
@@ -55,7 +56,7 @@ def write_merged(
         out: a folder that is not there yet, or an empty one.
         dtype: of the denoisers' weights but those that diffusers keeps in fp32.
         strengths: of the high-noise and the low-noise adapter; a base with one denoiser takes the first.
-        name: how `merged.json` calls the base.
+        name: how `merged.json` calls the base, and what the adapters' own base is compared with.
         link: whether the other components are hard links where the disk allows it.
 
     Returns:
@@ -64,6 +65,8 @@ def write_merged(
     Raises:
         InputError: a base that is quantised or of another size, no room on the disk, or an `out` that is in use.
     """
+    if odd := [strength for strength in strengths if not math.isfinite(strength)]:
+        raise InputError(f"a strength of {odd[0]} is no number; give one such as 0.8")
     of: dict[ExpertName, float] = {"high": strengths[0], "low": strengths[1], "single": strengths[0]}
     experts = [HIGH, LOW] if boundary_ratio(base) is not None else [SINGLE]
     by_expert = {adapter.expert: adapter for adapter in adapters}
@@ -90,14 +93,23 @@ def write_merged(
             f"{out}: could not be written ({error}); what is ready stays in {partial}, and the same command goes on "
             "with it"
         ) from error
-    lines = [
-        f"warning: {e.title} has no adapter; its weights are the base's" for e in experts if e.name not in by_expert
-    ]
-    lines += follow_shift(partial, adapters)
+    lines = [*warnings_of(experts, adapters, name), *follow_shift(partial, adapters)]
     write_json(partial / MERGED, facts_of(name or base.name, adapters, dtype, of))
-    (partial / JOB).unlink()
     os.rename(partial, out)
+    (out / JOB).unlink()
     return [str(out), *lines]
+
+
+def warnings_of(experts: Sequence[Expert], adapters: Sequence[Adapter], name: str) -> list[str]:
+    """What is odd about a merge and no fault."""
+    having = {adapter.expert for adapter in adapters}
+    lines = [f"warning: {e.title} has no adapter; its weights are the base's" for e in experts if e.name not in having]
+    for adapter in adapters:
+        trained_for = adapter.about.get("base", name)
+        if name and trained_for.rpartition("/")[2] != name.rpartition("/")[2]:
+            title = EXPERTS[adapter.expert].title
+            lines.append(f"warning: the adapter of {title} was trained for {trained_for}, and this is {name}")
+    return lines
 
 
 def job_of(

@@ -124,8 +124,14 @@ def merge_expert(sources: Sequence[Source], expert: ExpertName, settings: MergeS
     titles = [facts.title_of(adapter, number + 1) for number, adapter in held]
     about, warnings = facts.merged(adapters, titles, weights, settings.method)
     rank = settings.rank or max(highest_rank(adapter) for adapter in adapters)
+    modules = sorted({module for adapter in adapters for module in adapter.modules})
+    warnings += [
+        f"{title} has {len(adapter.modules)} of the {len(modules)} modules of {EXPERTS[expert].title}"
+        for title, adapter in zip(titles, adapters, strict=True)
+        if len(adapter.modules) < len(modules)
+    ]
     products, squares = {}, {"error": 0.0, "sum": 0.0}
-    for module in sorted({module for adapter in adapters for module in adapter.modules}):
+    for module in modules:
         having = [(a, w) for a, w in zip(adapters, weights, strict=True) if f"{module}.lora_A.weight" in a.weights]
         exact = total([update_of(adapter, module) for adapter, _ in having], [weight for _, weight in having])
         length = norm(exact)
