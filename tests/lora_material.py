@@ -76,3 +76,14 @@ def deltas(adapter: Adapter) -> Tensor:
 def as_expert(adapter: Adapter, expert: ExpertName) -> Adapter:
     """The same weights for another expert."""
     return replace(adapter, expert=expert)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Size of a difference beside what was wanted."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def error_in(lines: Sequence[str], title: str) -> float:
+    """The relative error that an operation tells of one expert."""
+    line = next(line for line in lines if line.startswith(title) and "relative error" in line)
+    return float(line.partition("relative error ")[2].removeprefix("against the sum ").split(",")[0].split(";")[0])

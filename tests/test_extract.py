@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.lora_material import delta, deltas, make_adapter
-from tests.test_operations import relative
+from tests.lora_material import delta, deltas, make_adapter, relative
 from wan_finetune.adapters import Adapter
 from wan_finetune.cli import main
 from wan_finetune.experts import HIGH, LOW, load_expert
+from wan_finetune.export import verify_adapter_folder
 from wan_finetune.formats.merged import write_merged
 from wan_finetune.formats.reading import read_expert
 from wan_finetune.operations.extracting import extract
@@ -107,6 +107,7 @@ def test_blocks_that_did_not_change_carry_no_lora(tiny_base, tmp_path):
     assert found.targets == ("attn1.to_q", "blocks.0.ffn.net.2") and found.modules == adapter.modules
     assert "the high-noise expert: no Linear of a block differs; it gets no adapter" in lines
     assert not (tmp_path / "out" / HIGH.file_name).exists()
+    verify_adapter_folder(str(tiny_base), tmp_path / "out", [found])
 
 
 def test_a_tuned_model_in_bf16_differs_where_more_than_rounding_does(tiny_base, tmp_path):
