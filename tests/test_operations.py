@@ -12,6 +12,7 @@ from tests.test_adapters import changed_output
 from wan_finetune.cli import main
 from wan_finetune.experts import HIGH, LOW
 from wan_finetune.export import probe_output
+from wan_finetune.formats import diffusers as diffusers_format
 from wan_finetune.formats.reading import read_expert
 from wan_finetune.operations.resizing import resize
 from wan_finetune.operations.scaling import scale
@@ -46,7 +47,7 @@ def refusals(tmp_path: Path) -> dict[str, list[str]]:
         "of different bases, 'tiny' and 'wide'": ["merge", pair, foreign],
         "base with one denoiser and some for a base with two": ["merge", pair, single, single],
         "is 12 to 24 and in another adapter 24 to 24": ["merge", pair, narrow],
-        "holds no adapter; an adapter folder has": ["merge", pair, empty],
+        f"{empty}: has no high_noise.safetensors or low_noise.safetensors or ": ["merge", pair, empty],
         "absent: no such adapter file or folder": ["merge", pair, str(tmp_path / "absent")],
         "cancel each other out in blocks.0": ["merge", pair, pair, "--weights", "1", "-1"],
         "the result has rank 1200 and 1024 is the most": ["merge", wide, wide],
@@ -107,6 +108,15 @@ def test_a_write_that_fails_leaves_nothing_and_other_files_of_the_folder_stay(tm
     assert not list(tmp_path.glob(".*"))
     scale(source, out, (0.5, 0.5))
     assert (out / "notes.txt").read_text() == "mine" and (out / "comfyui" / LOW.file_name).is_file()
+
+
+def test_a_file_that_is_read_back_as_another_adapter_is_not_published(tmp_path, monkeypatch):
+    source = write_pair(tmp_path / "pair", 1)
+    save = diffusers_format.write
+    monkeypatch.setattr(diffusers_format, "write", lambda path, adapter: save(path, replace(adapter, alpha=1.0)))
+    with pytest.raises(RuntimeError, match="what was read back is not what was trained"):
+        scale(source, tmp_path / "out", (0.5, 0.5))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pair"]
 
 
 # Scaling.

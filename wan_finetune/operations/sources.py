@@ -34,8 +34,7 @@ def open_source(path: Path) -> Source:
         raise InputError(f"{path}: no such adapter file or folder")
     found = [e for e in EXPERTS.values() if any((f / e.file_name).is_file() for f in (path, path / "adapter"))]
     if not found:
-        names = ", ".join(e.file_name for e in EXPERTS.values())
-        raise InputError(f"{path}: holds no adapter; an adapter folder has {names}, or some of them")
+        raise InputError(f"{path}: has no {' or '.join(e.file_name for e in EXPERTS.values())}; name the file itself")
     return Source(path, {expert.name: read_expert(path, expert.name) for expert in found})
 
 
