@@ -23,7 +23,8 @@ from wan_finetune.commands.merged import add_merged_options, export_merged
 from wan_finetune.errors import InputError
 from wan_finetune.experts import EXPERTS, HIGH, LOW, SINGLE, load_expert
 from wan_finetune.export import probe_output
-from wan_finetune.formats import merged
+from wan_finetune.formats import merged, merged_denoiser
+from wan_finetune.formats.files import save_atomically
 from wan_finetune.formats.merged import write_merged
 from wan_finetune.pipeline import add_adapters, load_pipeline
 
@@ -146,29 +147,36 @@ def test_shards_and_index_are_the_bases_and_the_rest_is_linked_without_paths(sha
 
 
 def test_what_was_interrupted_goes_on_with_the_shards_that_were_ready(sharded, tmp_path, monkeypatch):
+    write_merged(sharded, pair(), tmp_path / "whole")
     written: list[Path] = []
-    save = merged.write_denoiser.__globals__["save_atomically"]
 
-    def counted(path: Path, *arguments, limit: int = 5) -> None:
+    def save(path: Path, *arguments, limit: int = 5) -> None:
         if len(written) == limit:
             raise KeyboardInterrupt
-        save(path, *arguments)
+        save_atomically(path, *arguments)
         written.append(path)
 
-    monkeypatch.setattr("wan_finetune.formats.merged_denoiser.save_atomically", counted)
+    monkeypatch.setattr(merged_denoiser, "save_atomically", save)
     with pytest.raises(KeyboardInterrupt):
         write_merged(sharded, pair(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     ready = {path: path.stat().st_mtime_ns for path in written}
     (written[-1].parent / ".killed.safetensors.7.partial").write_text("half a shard")
-    monkeypatch.setattr("wan_finetune.formats.merged_denoiser.save_atomically", lambda *a: counted(*a, limit=-1))
+    monkeypatch.setattr(merged_denoiser, "save_atomically", lambda *a: save(*a, limit=-1))
+    # There is room for what is left, and not for all of it.
+    room = (
+        merged.SPARE_BYTES + sum(v.nbytes for e in (HIGH, LOW) for v in weights_of(sharded, e.component).values()) // 2
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=room))
+    with pytest.raises(InputError, match="are free; give a folder on another disk"):
+        write_merged(sharded, pair(2), tmp_path / "other")
     write_merged(sharded, pair(), tmp_path / "out")
     assert len(written) == len(set(written)), "no shard was written twice"
     assert all((tmp_path / "out" / p.parent.name / p.name).stat().st_mtime_ns == t for p, t in ready.items())
     assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "out" / "job.json").exists()
-    whole = weights_of(tmp_path / "out", "transformer")
-    write_merged(sharded, pair(), tmp_path / "again")
-    assert all(torch.equal(value, whole[name]) for name, value in weights_of(tmp_path / "again", "transformer").items())
+    for expert in (HIGH, LOW):
+        found, wanted = (weights_of(tmp_path / name, expert.component) for name in ("out", "whole"))
+        assert all(torch.equal(value, found[name]) for name, value in wanted.items())
 
 
 def test_a_disk_that_fills_up_ends_with_a_message_and_the_same_command_goes_on(sharded, tmp_path, monkeypatch):
