@@ -1,0 +1,1 @@
+"""What is done to adapters after training: merging several, extracting one, other ranks, other strengths."""
