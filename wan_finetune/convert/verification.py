@@ -1,0 +1,214 @@
+"""Proof that a converted folder is the checkpoint: the library's model on it against plain arithmetic on the source.
+
+Both go block by block, so that one block of either is in memory: a denoiser of Wan2.2 is 57 GB.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .parts import Part
+from .reference_denoiser import Get, denoiser_states
+from .reference_text_encoder import text_encoder_states
+from .shards import Shard
+from .text_encoder import text_encoder_names
+
+TOLERANCE = 1e-3
+"""Largest difference of two states, relative to their size; fp32 in another order of operations gives 1e-5."""
+TOKENS = 12
+"""Of the text encoder's input: enough for both kinds of distances."""
+FROZEN_T = 637.0
+Report = Callable[[str], None]
+
+
+def verify_denoiser(folder: Path, part: Part, shards: list[Shard], dtype: torch.dtype | None) -> float:
+    """Hold a converted denoiser against the original; the largest difference of a block or of the output.
+
+    Raises:
+        RuntimeError: the outputs differ, which names the block.
+    """
+    from accelerate import init_empty_weights
+    from diffusers import WanTransformer3DModel
+
+    generator = torch.Generator().manual_seed(0)
+    config = WanTransformer3DModel.load_config(folder)
+    patch = config["patch_size"]
+    size = (2 * patch[0], 2 * patch[1], 3 * patch[2])
+    latents = torch.randn(1, config["in_channels"], *size, generator=generator)
+    text = torch.randn(1, 5, config["text_dim"], generator=generator)
+    t = torch.tensor([FROZEN_T])
+    with torch.inference_mode():
+        wanted = denoiser_states(
+            originals(part, dtype),
+            config["num_layers"],
+            config["num_attention_heads"],
+            config["eps"],
+            latents,
+            t,
+            text,
+        )
+        with init_empty_weights(include_buffers=False):
+            model = WanTransformer3DModel.from_config(config).eval()
+        states = stream(model, list(model.blocks), "blocks", folder, shards)
+        states.append(model(latents, t, text, return_dict=False)[0])
+    return compare(states, wanted, folder)
+
+
+def verify_text_encoder(folder: Path, part: Part, shards: list[Shard], dtype: torch.dtype | None) -> float:
+    """Hold a converted text encoder against the original; the largest difference of a block or of the output.
+
+    Raises:
+        RuntimeError: the outputs differ, which names the block.
+    """
+    from accelerate import init_empty_weights
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config.from_pretrained(folder)
+    # Checkpoints in transformers' names are read by the reference under the original ones.
+    by_original = {new: old for old, new in part.names.items()}
+    blocks = range(config.num_layers)
+    original_names = [f"blocks.{number}.{inner}" for number in blocks for inner in reference_names()] + ["norm.weight"]
+    aliases = {name: by_original[new] for name, new in text_encoder_names(set(original_names)).items()}
+    table = by_original["shared.weight"]
+    ids = torch.randint(config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    stored = part.weights.tensors[table]
+    wanted_dtype = part.wanted_dtype(table, dtype)
+    with torch.inference_mode():
+        rows = [stored.rows(number, number + 1, wanted_dtype).float() for number in ids]
+        get = originals(part, dtype)
+        wanted = text_encoder_states(
+            lambda name: get(aliases[name]), config.num_layers, config.num_heads, torch.cat(rows)[None]
+        )
+        with init_empty_weights(include_buffers=False):
+            model = UMT5EncoderModel(config).eval()
+        states = stream(model, list(model.encoder.block), "encoder.block", folder, shards, skip=("shared.weight",))
+        embedded = read_rows(folder, shards, "shared.weight", ids)
+        states.append(model(inputs_embeds=embedded[None]).last_hidden_state)
+    return compare(states, wanted, folder)
+
+
+def reference_names() -> list[str]:
+    """Weights of a block that the reference reads."""
+    from .text_encoder import IN_BLOCK
+
+    return list(IN_BLOCK)
+
+
+def verify_autoencoder(folder: Path) -> None:
+    """Load the converted autoencoder and decode noise.
+
+    Raises:
+        RuntimeError: weights that do not fit, or a picture that is not finite.
+    """
+    from diffusers import AutoencoderKLWan
+
+    model = AutoencoderKLWan.from_pretrained(folder, dtype=torch.float32).eval()
+    latents = torch.randn(1, model.config.z_dim, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        picture = model.decode(latents, return_dict=False)[0]
+    if not torch.isfinite(picture).all() or not picture.std() > 0:
+        raise RuntimeError(f"{folder}: the converted autoencoder decodes noise to nothing")
+
+
+def originals(part: Part, dtype: torch.dtype | None) -> Get:
+    """Reads a weight of the checkpoint, rounded as it was written, in fp32."""
+
+    def get(name: str) -> Tensor:
+        return part.weights.tensors[name].read(part.wanted_dtype(name, dtype)).float()
+
+    return get
+
+
+def stream(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    prefix: str,
+    folder: Path,
+    shards: list[Shard],
+    skip: tuple[str, ...] = (),
+) -> list[Tensor]:
+    """Let a model on no device read its blocks from the files when their turn comes; their outputs, as they come."""
+    places = {name: folder / shard.file_name for shard in shards for name in shard.facts}
+    outside = [name for name in places if not name.startswith(f"{prefix}.") and name not in skip]
+    fill(model, {name: name for name in outside}, places)
+    states: list[Tensor] = []
+    for number, block in enumerate(blocks):
+        start = f"{prefix}.{number}."
+        inside = {name.removeprefix(start): name for name in places if name.startswith(start)}
+        block.register_forward_pre_hook(partial(fill_before, inside, places))
+        block.register_forward_hook(partial(empty_after, states))
+    return states
+
+
+def fill_before(names: Mapping[str, str], places: Mapping[str, Path], block: nn.Module, _inputs: object) -> None:
+    """Hook: read a block."""
+    fill(block, names, places)
+
+
+def empty_after(states: list[Tensor], block: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+    """Hook: keep what a block gave, and drop the block."""
+    states.append(output if isinstance(output, Tensor) else output[0])
+    block.to("meta")
+
+
+def fill(module: nn.Module, names: Mapping[str, str], places: Mapping[str, Path]) -> None:
+    """Put weights of files into a module in fp32, read by the safetensors library."""
+    from safetensors import safe_open
+
+    by_file: dict[Path, list[str]] = {}
+    for inner, name in names.items():
+        by_file.setdefault(places[name], []).append(inner)
+    state = {}
+    for path, inners in by_file.items():
+        with safe_open(path, "pt", device="cpu") as file:
+            for inner in inners:
+                state[inner] = file.get_tensor(names[inner]).to(torch.float32, copy=True)
+    # A block is filled whole; of a model, the weights outside its blocks.
+    module.load_state_dict(state, assign=True, strict=False)
+
+
+def read_rows(folder: Path, shards: list[Shard], name: str, rows: list[int]) -> Tensor:
+    """Some rows of a large table, in fp32."""
+    from safetensors import safe_open
+
+    (path,) = (folder / shard.file_name for shard in shards if name in shard.facts)
+    with safe_open(path, "pt", device="cpu") as file:
+        table = file.get_slice(name)
+        return torch.cat([table[row : row + 1] for row in rows]).float()
+
+
+def compare(states: list[Tensor], wanted: list[Tensor], folder: Path) -> float:
+    """The largest difference relative to the size.
+
+    Raises:
+        RuntimeError: one that rounding does not explain.
+    """
+    assert len(states) == len(wanted), "one state a block, and the output"
+    largest = 0.0
+    for number, (state, want) in enumerate(zip(states, wanted, strict=True)):
+        difference = float((state - want).norm() / want.norm())
+        if not difference <= TOLERANCE:
+            where = "the output" if number == len(states) - 1 else f"block {number}"
+            raise RuntimeError(
+                f"{folder.name}: {where} differs by {difference:.2g} from the checkpoint's; the conversion is wrong. "
+                "Please report it with the names of the files"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def verify_hashes(folder: Path, done: Mapping[str, str]) -> None:
+    """Read the files that were written and compare their hashes.
+
+    Raises:
+        InputError: a file that reads back otherwise, which a disk does.
+    """
+    from .writing import hash_file
+
+    for name, digest in done.items():
+        if hash_file(folder / name) != digest:
+            raise InputError(f"{folder / name}: reads back otherwise than it was written; check the disk, then go on")
