@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5TokenizerFast
 from transformers.convert_slow_tokenizer import import_protobuf
 
-from tests.original_checkpoints import tiny_autoencoder, tiny_denoiser, tiny_text_encoder, write_a14b
+from tests.original_checkpoints import tiny_autoencoder, tiny_text_encoder, write_a14b
 from tests.original_wan import denoiser_shapes, random_weights
 from tests.test_convert import typed_name
 from wan_finetune.cli import main
@@ -117,7 +117,9 @@ def test_every_kind_of_single_file_becomes_the_numbers_that_it_stands_for(tmp_pa
 
 def test_the_head_of_the_file_may_say_how_layers_are_quantised(tmp_path, components):
     stored, meant = scaled(wide_denoiser(1), "weight_scale", "input_scale")
-    layers = {name.removesuffix(".weight_scale"): {"format": "float8_e4m3fn"} for name in stored if "weight_scale" in name}
+    layers = {
+        name.removesuffix(".weight_scale"): {"format": "float8_e4m3fn"} for name in stored if "weight_scale" in name
+    }
     metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
     save_file(stored, tmp_path / "wan.safetensors", metadata=metadata)
     weights = converted(tmp_path, tmp_path / "wan.safetensors", components, dtype="keep")
@@ -168,7 +170,12 @@ def test_a_models_folder_of_comfyui_is_told_apart_by_names_and_keys(tmp_path):
     assert torch.equal(text_encoder["shared.weight"], tiny_text_encoder()["token_embedding.weight"].half().float())
     assert "spiece_model" not in text_encoder
     original, tokenizer = make_tokenizer(), T5TokenizerFast.from_pretrained(tmp_path / "out" / "tokenizer")
-    for prompt in ("a red circle moves up in a desert", "沙漠里，一个红色的圆形向上移动。", " Two  spaces, <unknown> 7!", ""):
+    for prompt in (
+        "a red circle moves up in a desert",
+        "沙漠里，一个红色的圆形向上移动。",
+        " Two  spaces, <unknown> 7!",
+        "",
+    ):
         assert tokenizer(prompt).input_ids == original(prompt).input_ids
     vae = load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(value.dtype == torch.float32 for value in vae.values())
@@ -179,9 +186,7 @@ def test_experts_whose_names_say_nothing_are_told_by_their_options(tmp_path, com
         save_file(wide_denoiser(seed), tmp_path / f"{name}.safetensors")
     high, low = tmp_path / "b.safetensors", tmp_path / "a.safetensors"
     out = tmp_path / "out"
-    convert(
-        ConvertSettings(checkpoint=tmp_path, out=out, high=high, low=low, components_from=components, dtype="fp32")
-    )
+    convert(ConvertSettings(checkpoint=tmp_path, out=out, high=high, low=low, components_from=components, dtype="fp32"))
     name = "blocks.0.ffn.0.weight"
     for part, seed in (("transformer", 2), ("transformer_2", 1)):
         weights = load_file(out / part / "diffusion_pytorch_model.safetensors")

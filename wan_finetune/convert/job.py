@@ -36,14 +36,15 @@ def convert(settings: ConvertSettings, report: Report = lambda _line: None) -> P
     """
     refuse_existing(settings.out)
     plan = make_plan(settings)
-    with opened(settings.out, identity_of(settings, plan)) as journal, disk_faults_told(settings.out):
+    with disk_faults_told(settings.out), opened(settings.out, identity_of(settings, plan)) as journal:
         kept = keep_whole_files(journal)
         if kept:
             report(f"{len(kept)} files of an earlier try are whole and kept")
         require_space(plan, journal.folder, set(kept))
         write_all(plan, journal, report)
-        proof = verify_all(plan, journal, report) if settings.verify else {}
-        journal.make(MANIFEST, partial(write_manifest, settings, plan, journal, proof, report))
+        if settings.verify:
+            verify_all(plan, journal, report)
+        journal.make(MANIFEST, partial(write_manifest, settings, plan, journal, report))
         publish(journal, settings.out)
     return plan
 
@@ -113,10 +114,9 @@ def small_files(plan: Plan) -> dict[str, Any]:
     return files
 
 
-def verify_all(plan: Plan, journal: Journal, report: Report) -> dict[str, float]:
-    """Read everything back, and hold each model against the checkpoint; the largest differences."""
+def verify_all(plan: Plan, journal: Journal, report: Report) -> None:
+    """Read everything back, and hold each model against the checkpoint."""
     verify_hashes(journal.folder, journal.done)
-    proof = {}
     for part in plan.parts:
         folder = journal.folder / part.folder
         arguments = (folder, part, plan.shards[part.folder], plan.dtypes[part.folder])
@@ -125,10 +125,8 @@ def verify_all(plan: Plan, journal: Journal, report: Report) -> dict[str, float]
             report("vae decodes")
             continue
         verify = verify_text_encoder if part.folder == "text_encoder" else verify_denoiser
-        proof[part.folder] = verify(*arguments)
-        report(f"{part.folder} is the checkpoint's, to {proof[part.folder]:.1g} in every block")
+        report(f"{part.folder} is the checkpoint's, to {verify(*arguments):.1g} in every block")
     require_tokenizer(journal.folder / "tokenizer")
-    return proof
 
 
 def require_tokenizer(folder: Path) -> None:
@@ -149,9 +147,7 @@ def require_tokenizer(folder: Path) -> None:
         raise InputError(f"{folder.name}: is not UMT5's tokenizer: it does not end a text with </s>; give --tokenizer")
 
 
-def write_manifest(
-    settings: ConvertSettings, plan: Plan, journal: Journal, proof: dict[str, float], report: Report, path: Path
-) -> str:
+def write_manifest(settings: ConvertSettings, plan: Plan, journal: Journal, report: Report, path: Path) -> str:
     """What went in and what came out, each file with its hash and none with a folder of this machine."""
     report("hashing the checkpoint")
     inputs: dict[str, dict[str, str]] = {}
@@ -175,6 +171,5 @@ def write_manifest(
         "outputs_sha256": dict(sorted(journal.done.items())),
         "weights": weights,
         "verified": settings.verify,
-        "largest_difference": proof,
     }
     return write_json(path, content)

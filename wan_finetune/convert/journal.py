@@ -71,9 +71,7 @@ def opened(out: Path, identity: dict[str, Any]) -> Iterator[Journal]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(
-                f"{folder}: another conversion is writing there; wait for it, or give another OUT"
-            ) from None
+            raise InputError(f"{folder}: another conversion writes there; wait for it, or give another OUT") from None
         yield read_journal(folder, identity)
     finally:
         os.close(descriptor)

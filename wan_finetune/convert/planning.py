@@ -108,6 +108,9 @@ def make_plan(settings: ConvertSettings) -> Plan:
         InputError: says which file is at fault and what to do.
     """
     denoisers = find_denoisers(settings.checkpoint, settings.high, settings.low)
+    folders = (HIGH.component, LOW.component)
+    parts = [one_denoiser(found, folder) for found, folder in zip(denoisers, folders, strict=False)]
+    require_alike(parts)
     text_encoder, vae, tokenizer = find_rest(
         settings.checkpoint,
         text_encoder=settings.text_encoder,
@@ -115,9 +118,6 @@ def make_plan(settings: ConvertSettings) -> Plan:
         tokenizer=settings.tokenizer,
         components=settings.components_from,
     )
-    folders = (HIGH.component, LOW.component)
-    parts = [one_denoiser(found, folder) for found, folder in zip(denoisers, folders, strict=False)]
-    require_alike(parts)
     spiece = None
     if text_encoder:
         weights = checked(text_encoder, "text encoder", is_text_encoder)
