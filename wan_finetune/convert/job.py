@@ -140,11 +140,9 @@ def require_tokenizer(folder: Path) -> None:
     try:
         ids = T5TokenizerFast.from_pretrained(folder, local_files_only=True)("a").input_ids
     except Exception as error:
-        raise InputError(
-            f"{folder.name}: the tokenizer does not load ({str(error)[:200]}); give --tokenizer"
-        ) from error
+        raise InputError(f"the tokenizer does not load ({str(error)[:200]}); give --tokenizer FOLDER") from error
     if ids[-1:] != [1]:
-        raise InputError(f"{folder.name}: is not UMT5's tokenizer: it does not end a text with </s>; give --tokenizer")
+        raise InputError("the tokenizer is not UMT5's: it does not end a text with </s>; give --tokenizer FOLDER")
 
 
 def write_manifest(settings: ConvertSettings, plan: Plan, journal: Journal, report: Report, path: Path) -> str:

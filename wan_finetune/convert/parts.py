@@ -10,7 +10,7 @@ from ..errors import InputError
 from .tensor_files import TensorFacts
 from .weights import Stored, Weights
 
-COMPLETE_NAMES = 3
+LISTED_NAMES = 3
 """Names in a message about many."""
 
 
@@ -68,8 +68,8 @@ def require_exact(part: Part, wanted: Mapping[str, tuple[int, ...]]) -> None:
 def listed(names: Iterable[str]) -> str:
     """The first few names, and how many there are."""
     ordered = sorted(names)
-    more = f" and {len(ordered) - COMPLETE_NAMES} more" if len(ordered) > COMPLETE_NAMES else ""
-    return ", ".join(ordered[:COMPLETE_NAMES]) + more
+    more = f" and {len(ordered) - LISTED_NAMES} more" if len(ordered) > LISTED_NAMES else ""
+    return ", ".join(ordered[:LISTED_NAMES]) + more
 
 
 def meta_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

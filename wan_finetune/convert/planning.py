@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from ..errors import InputError
 from ..experts import HIGH, LOW
 from .autoencoder import autoencoder_part, is_autoencoder
-from .denoiser import denoiser_part, is_denoiser
+from .denoiser import denoiser_part, is_denoiser, read_config
 from .parts import Part
 from .pipeline_files import flow_shift
 from .recognition import DIFFUSERS_PARTS, Denoiser, find_denoisers, find_rest
@@ -79,10 +79,6 @@ class Plan:
     @property
     def denoisers(self) -> list[Part]:
         return [part for part in self.parts if part.class_name == "WanTransformer3DModel"]
-
-    def part(self, folder: str) -> Part:
-        """The part of that folder."""
-        return next(part for part in self.parts if part.folder == folder)
 
     def weight_files(self) -> Iterator[tuple[str, Part, Shard]]:
         """Every file of weights: its place, its part, itself."""
@@ -196,12 +192,15 @@ def require_text_width(plan: Plan) -> None:
     Raises:
         InputError: another text encoder's.
     """
-    for part in plan.parts:
-        wanted = plan.denoisers[0].config["text_dim"]
-        if part.folder == "text_encoder" and part.config["d_model"] != wanted:
+    wanted = plan.denoisers[0].config["text_dim"]
+    configs = {part.weights.files[0]: part.config for part in plan.parts if part.folder == "text_encoder"}
+    if taken := plan.copies.get("text_encoder/config.json"):
+        configs[taken] = read_config(taken)
+    for source, config in configs.items():
+        if config.get("d_model") != wanted:
             raise InputError(
-                f"{part.weights.files[0]}: gives {part.config['d_model']} channels, the denoiser reads {wanted}; "
-                "it is another model's text encoder"
+                f"{source}: gives {config.get('d_model')} channels, the denoiser reads {wanted}; it is another "
+                "model's text encoder"
             )
 
 

@@ -110,7 +110,8 @@ def original_denoiser(folder: Path) -> Denoiser:
                 raise InputError(f"{folder / name}: does not hold {key}, as the index says; are the files mixed up?")
         files = [folder / name for name in names]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        single = folder / INDEX.removesuffix(".index.json")
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
         if not files:
             raise InputError(f"{folder}: holds no safetensors file; fetch it again")
     return Denoiser(tuple(files), config if config.is_file() else None)

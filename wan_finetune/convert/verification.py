@@ -3,7 +3,7 @@
 Both go block by block, so that one block of either is in memory: a denoiser of Wan2.2 is 57 GB.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +15,13 @@ from .parts import Part
 from .reference_denoiser import Get, denoiser_states
 from .reference_text_encoder import text_encoder_states
 from .shards import Shard
-from .text_encoder import text_encoder_names
+from .text_encoder import IN_BLOCK, text_encoder_names
 
 TOLERANCE = 1e-3
 """Largest difference of two states, relative to their size; fp32 in another order of operations gives 1e-5."""
 TOKENS = 12
 """Of the text encoder's input: enough for both kinds of distances."""
-FROZEN_T = 637.0
-Report = Callable[[str], None]
+PROBE_T = 637.0
 
 
 def verify_denoiser(folder: Path, part: Part, shards: list[Shard], dtype: torch.dtype | None) -> float:
@@ -40,7 +39,7 @@ def verify_denoiser(folder: Path, part: Part, shards: list[Shard], dtype: torch.
     size = (2 * patch[0], 2 * patch[1], 3 * patch[2])
     latents = torch.randn(1, config["in_channels"], *size, generator=generator)
     text = torch.randn(1, 5, config["text_dim"], generator=generator)
-    t = torch.tensor([FROZEN_T])
+    t = torch.tensor([PROBE_T])
     with torch.inference_mode():
         wanted = denoiser_states(
             originals(part, dtype),
@@ -68,12 +67,12 @@ def verify_text_encoder(folder: Path, part: Part, shards: list[Shard], dtype: to
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config.from_pretrained(folder)
-    # Checkpoints in transformers' names are read by the reference under the original ones.
-    by_original = {new: old for old, new in part.names.items()}
+    # The reference asks by original names, whichever naming the checkpoint has.
+    by_new = {new: old for old, new in part.names.items()}
     blocks = range(config.num_layers)
-    original_names = [f"blocks.{number}.{inner}" for number in blocks for inner in reference_names()] + ["norm.weight"]
-    aliases = {name: by_original[new] for name, new in text_encoder_names(set(original_names)).items()}
-    table = by_original["shared.weight"]
+    original_names = [f"blocks.{number}.{inner}" for number in blocks for inner in IN_BLOCK] + ["norm.weight"]
+    aliases = {name: by_new[new] for name, new in text_encoder_names(set(original_names)).items()}
+    table = by_new["shared.weight"]
     ids = torch.randint(config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
     stored = part.weights.tensors[table]
     wanted_dtype = part.wanted_dtype(table, dtype)
@@ -89,13 +88,6 @@ def verify_text_encoder(folder: Path, part: Part, shards: list[Shard], dtype: to
         embedded = read_rows(folder, shards, "shared.weight", ids)
         states.append(model(inputs_embeds=embedded[None]).last_hidden_state)
     return compare(states, wanted, folder)
-
-
-def reference_names() -> list[str]:
-    """Weights of a block that the reference reads."""
-    from .text_encoder import IN_BLOCK
-
-    return list(IN_BLOCK)
 
 
 def verify_autoencoder(folder: Path) -> None:
