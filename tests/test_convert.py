@@ -29,6 +29,7 @@ from tests.original_wan import (
     text_encoder_shapes,
 )
 from wan_finetune.cli import main
+from wan_finetune.convert import tensor_files
 from wan_finetune.convert.autoencoder import autoencoder_part
 from wan_finetune.convert.denoiser import denoiser_part
 from wan_finetune.convert.job import convert
@@ -158,6 +159,15 @@ def test_the_folder_is_a_diffusers_pipeline_with_the_official_sampling(usual):
         "conversion.json", "model_index.json", "scheduler", "text_encoder", "tokenizer",
         "transformer", "transformer_2", "vae",
     }  # fmt: skip
+
+
+def test_reading_in_small_pieces_changes_no_byte(checkpoint, exact, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(tensor_files, "REMAP_BYTES", 2_000)
+    out = tmp_path / "out"
+    convert(ConvertSettings(checkpoint=checkpoint, out=out, dtype="fp32", max_shard_bytes=60_000, verify=False))
+    files = [path.relative_to(exact) for path in exact.rglob("*.safetensors")]
+    assert len(files) > 10 and all((out / name).read_bytes() == (exact / name).read_bytes() for name in files)
 
 
 def test_wan21_has_one_denoiser_and_its_own_shift(tmp_path):

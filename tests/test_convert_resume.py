@@ -40,13 +40,18 @@ def weights_in(folder):
     return {path: path.stat().st_ino for path in folder.rglob("*.safetensors")}
 
 
-POINTS = [
-    ("bytes", 1), ("bytes", 60), ("bytes", 173), ("bytes", 400), ("before rename", 1), ("before rename", 6),
-    ("after rename", 3), ("after rename", 8), ("after rename", 15), ("verification", 1), ("before publishing", 1),
+POINTS = [("bytes", 1), ("bytes", 173), ("before rename", 6), ("after rename", 8), ("verification", 1)]
+MORE_POINTS = [
+    ("bytes", 60), ("bytes", 400), ("before rename", 1), ("before rename", 21), ("after rename", 3),
+    ("after rename", 15), ("before publishing", 1),
 ]  # fmt: skip
+EARLY = [("bytes", 1), ("before rename", 1), ("after rename", 3)]
+"""Points before the first file of weights is written down as finished."""
 
 
-@pytest.mark.parametrize(("point", "number"), POINTS)
+@pytest.mark.parametrize(
+    ("point", "number"), [*POINTS, *(pytest.param(*point, marks=pytest.mark.slow) for point in MORE_POINTS)]
+)
 def test_a_killed_conversion_goes_on_and_redoes_nothing_that_was_finished(
     checkpoint, uninterrupted, tmp_path, point, number
 ):
@@ -63,7 +68,7 @@ def test_a_killed_conversion_goes_on_and_redoes_nothing_that_was_finished(
     after = weights_in(out)
     kept = {name for name in finished if name.endswith(".safetensors")}
     assert all(after[out / name] == before[partial / name] for name in kept), "the same files, not new ones"
-    assert kept or (point, number) in POINTS[:1] + POINTS[4:5] + [("after rename", 3)]
+    assert kept or (point, number) in EARLY
 
 
 def test_killed_after_the_name_was_given_the_folder_is_whole(checkpoint, uninterrupted, tmp_path):
@@ -73,16 +78,19 @@ def test_killed_after_the_name_was_given_the_folder_is_whole(checkpoint, uninter
     assert {name: has[name] for name in uninterrupted} == uninterrupted
 
 
-def stopped(checkpoint, tmp_path):
-    """OUT.partial of a conversion that was killed before the end."""
-    child = fork(convert_until, checkpoint, tmp_path / "out", "before publishing", 1, log=tmp_path / "log")
+@pytest.fixture(scope="module")
+def killed_late(checkpoint, tmp_path_factory):
+    """OUT.partial of a conversion that was killed when all was written."""
+    folder = tmp_path_factory.mktemp("killed")
+    child = fork(convert_until, checkpoint, folder / "out", "before publishing", 1, log=folder / "log")
     assert child.wait() == -9, child.output
-    return tmp_path / "out.partial"
+    return folder / "out.partial"
 
 
 @pytest.mark.parametrize("damage", ["one bit", "shortened", "removed", "stray file"])
-def test_a_file_damaged_in_between_is_made_again(checkpoint, uninterrupted, tmp_path, damage):
-    file = sorted((stopped(checkpoint, tmp_path) / "transformer_2").glob("*.safetensors"))[1]
+def test_a_file_damaged_in_between_is_made_again(checkpoint, uninterrupted, killed_late, tmp_path, damage):
+    shutil.copytree(killed_late, tmp_path / "out.partial")
+    file = sorted((tmp_path / "out.partial" / "transformer_2").glob("*.safetensors"))[1]
     data = bytearray(file.read_bytes())
     if damage == "one bit":
         data[-7] ^= 4
@@ -97,10 +105,10 @@ def test_a_file_damaged_in_between_is_made_again(checkpoint, uninterrupted, tmp_
     assert contents(tmp_path / "out") == uninterrupted
 
 
-def test_another_conversion_does_not_go_on_with_the_files_of_this_one(checkpoint, tmp_path):
+def test_another_conversion_does_not_go_on_with_the_files_of_this_one(checkpoint, killed_late, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint, folder)
-    stopped(folder, tmp_path)
+    shutil.copytree(killed_late, tmp_path / "out.partial")
     settings = settings_for(folder, tmp_path / "out")
     with pytest.raises(InputError, match="was begun with --dtype = bf16, and is asked to go on with fp16"):
         convert(settings.model_copy(update={"dtype": "fp16"}))

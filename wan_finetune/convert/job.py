@@ -166,7 +166,7 @@ def write_manifest(settings: ConvertSettings, plan: Plan, journal: Journal, repo
         "dtype": settings.dtype,
         "flow_shift": plan.shift,
         "inputs_sha256": inputs,
-        "outputs_sha256": dict(sorted(journal.done.items())),
+        "outputs_sha256": {name: digest for name, digest in sorted(journal.done.items()) if name != MANIFEST},
         "weights": weights,
         "verified": settings.verify,
     }

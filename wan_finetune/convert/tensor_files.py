@@ -88,10 +88,10 @@ def read_whole(file: TensorFile, name: str) -> Tensor:
     return file.read_rows(name, 0, shape[0] if shape else 1)
 
 
-def row_ranges(facts: TensorFacts, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that are about `chunk_bytes` each and cover the tensor once."""
+def row_ranges(facts: TensorFacts) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that are about `CHUNK_BYTES` each and cover the tensor once."""
     num_rows = facts.shape[0] if facts.shape else 1
-    step = max(1, chunk_bytes * num_rows // max(1, facts.num_bytes))
+    step = max(1, CHUNK_BYTES * num_rows // max(1, facts.num_bytes))
     for start in range(0, num_rows, step):
         yield start, min(num_rows, start + step)
 

@@ -151,14 +151,11 @@ def fill(module: nn.Module, names: Mapping[str, str], places: Mapping[str, Path]
     """Put weights of files into a module in fp32, read by the safetensors library."""
     from safetensors import safe_open
 
-    by_file: dict[Path, list[str]] = {}
-    for inner, name in names.items():
-        by_file.setdefault(places[name], []).append(inner)
     state = {}
-    for path, inners in by_file.items():
-        with safe_open(path, "pt", device="cpu") as file:
-            for inner in inners:
-                state[inner] = file.get_tensor(names[inner]).to(torch.float32, copy=True)
+    for inner, name in names.items():
+        # Opened for each weight, because the library maps the file, and what was read counts until it is closed.
+        with safe_open(places[name], "pt", device="cpu") as file:
+            state[inner] = file.get_tensor(name).to(torch.float32, copy=True)
     # A block is filled whole; of a model, the weights outside its blocks.
     module.load_state_dict(state, assign=True, strict=False)
 
