@@ -162,8 +162,8 @@ def test_the_folder_is_a_diffusers_pipeline_with_the_official_sampling(usual):
 
 
 def test_reading_in_small_pieces_changes_no_byte(checkpoint, exact, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "CHUNK_BYTES", 500)
-    monkeypatch.setattr(tensor_files, "REMAP_BYTES", 2_000)
+    monkeypatch.setattr(tensor_files, "CHUNK_BYTES", 2_000)
+    monkeypatch.setattr(tensor_files, "REMAP_BYTES", 50_000)
     out = tmp_path / "out"
     convert(ConvertSettings(checkpoint=checkpoint, out=out, dtype="fp32", max_shard_bytes=60_000, verify=False))
     files = [path.relative_to(exact) for path in exact.rglob("*.safetensors")]

@@ -137,7 +137,7 @@ FAULTS = {
         "is not a plain dictionary of tensors",
     ),
     "list in .pth": (lambda f: torch.save([torch.ones(1)], f / VAE), "is not a plain dictionary of tensors"),
-    "config of another": (lambda f: config_says(f, dim=32), "dim is 32, the weights show 24"),
+    "config of another": (lambda f: config_says(f, dim=32), "dim is 32, the weights beside it show 24"),
     "heads": (lambda f: config_says(f, num_heads=5), "cannot be shared by 5 heads"),
     "i2v by config": (lambda f: config_says(f, model_type="i2v"), "model_type is 'i2v'"),
     "bad config": (lambda f: (f / "high_noise_model/config.json").write_text("{"), "is no readable JSON"),
@@ -276,6 +276,17 @@ def test_experts_that_cannot_be_told_apart_are_asked_for(tmp_path):
     save_file(wide(dim=256), other)
     with pytest.raises(InputError, match="not two experts of one model: num_attention_heads is 1 and 2"):
         convert(ConvertSettings(checkpoint=tmp_path, out=tmp_path / "out", high=one, low=other))
+
+
+def test_a_file_that_was_not_fetched_is_named_where_its_kind_is_missing(original, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "wan_high.safetensors").write_text(pointer)
+    with pytest.raises(InputError, match=r"wan_high.safetensors cannot be read as safetensors; fetch again"):
+        convert(ConvertSettings(checkpoint=tmp_path, out=tmp_path / "out"))
+    save_file(wide(), tmp_path / "wan.safetensors")
+    (tmp_path / "wan_high.safetensors").rename(tmp_path / "umt5_xxl.safetensors")
+    with pytest.raises(InputError, match=r"holds no text encoder .*umt5_xxl.safetensors cannot be read"):
+        convert(ConvertSettings(checkpoint=tmp_path / "wan.safetensors", out=tmp_path / "out"))
 
 
 class Payload:

@@ -124,7 +124,7 @@ def denoisers_by_name(folder: Path) -> tuple[Denoiser, ...]:
     if not files:
         raise InputError(
             f"{folder}: holds no checkpoint that is known: no {' and '.join(EXPERT_FOLDERS)}, no {INDEX}, and no "
-            "safetensors file of a denoiser"
+            f"safetensors file of a denoiser{unreadable(folder)}"
         )
     if len(sides["high"]) == len(sides["low"]) == 1 and not sides[None]:
         return Denoiser((sides["high"][0],)), Denoiser((sides["low"][0],))
@@ -146,6 +146,17 @@ def expert_in_name(file: Path) -> str | None:
 def comfyui_files(folder: Path) -> list[Path]:
     """Safetensors files of a folder, and of those that ComfyUI has below it."""
     return [file for name in COMFYUI_FOLDERS for file in sorted((folder / name).glob("*.safetensors"))]
+
+
+def unreadable(folder: Path) -> str:
+    """What to add to a message that nothing was found: files that may be what was looked for, but are damaged."""
+    damaged = []
+    for file in comfyui_files(folder):
+        try:
+            read_header(file)
+        except InputError:
+            damaged.append(file.name)
+    return f" ({listed(damaged)} cannot be read as safetensors; fetch again)" if damaged else ""
 
 
 def names_in(file: Path) -> set[str]:
@@ -202,7 +213,7 @@ def only(candidates: Sequence[Path], folder: Path, what: str, option: str, usual
         return candidates[0]
     if not candidates:
         raise InputError(
-            f"{folder}: holds no {what} ({usual}); give {option} FILE, or take it from a diffusers folder with "
-            "--components-from FOLDER"
+            f"{folder}: holds no {what} ({usual}){unreadable(folder)}; give {option} FILE, or take it from a diffusers "
+            "folder with --components-from FOLDER"
         )
     raise InputError(f"{folder}: more than one {what}: {listed(file.name for file in candidates)}; give {option} FILE")
