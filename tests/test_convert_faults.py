@@ -128,6 +128,10 @@ FAULTS = {
         "conv1.bias has the shape [31], the model asks [32]",
     ),
     "not a number": (lambda f: change(f / FIRST, set_nan), "blocks.0.ffn.2.weight has a number that is not finite"),
+    "infinity": (
+        lambda f: change(f / FIRST, lambda w: w["blocks.0.ffn.2.bias"].fill_(-torch.inf)),
+        "blocks.0.ffn.2.bias has a number that is not finite",
+    ),
     "integers": (
         lambda f: change_pth(f / VAE, lambda w: w.update({"conv1.bias": torch.ones(32, dtype=torch.int32)})),
         "conv1.bias is int32",
@@ -161,7 +165,7 @@ def test_a_fault_is_named_and_leaves_nothing_that_looks_whole(original, tmp_path
     assert message in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
     # A number can only be seen when it is read; all else is refused before the first byte is written.
-    assert fault == "not a number" or not (tmp_path / "out.partial").exists()
+    assert fault in ("not a number", "infinity") or not (tmp_path / "out.partial").exists()
 
 
 def single(tmp_path, weights, name="wan.safetensors"):
@@ -273,6 +277,8 @@ def test_experts_that_cannot_be_told_apart_are_asked_for(tmp_path):
         convert(ConvertSettings(checkpoint=tmp_path, out=tmp_path / "out", high=one))
     with pytest.raises(InputError, match="is given as both experts"):
         convert(ConvertSettings(checkpoint=tmp_path, out=tmp_path / "out", high=one, low=one))
+    with pytest.raises(InputError, match=r"c_low.safetensors: is the low-noise expert by its name; are .* swapped"):
+        convert(ConvertSettings(checkpoint=tmp_path, out=tmp_path / "out", high=other, low=one))
     save_file(wide(dim=256), other)
     with pytest.raises(InputError, match="not two experts of one model: num_attention_heads is 1 and 2"):
         convert(ConvertSettings(checkpoint=tmp_path, out=tmp_path / "out", high=one, low=other))
@@ -313,6 +319,16 @@ def test_code_in_a_pickle_does_not_run(original, tmp_path, capsys, file, legacy)
     said = capsys.readouterr().err
     assert "refused" in said if not legacy else "damaged, or not written by torch.save" in said or "refused" in said
     assert not (tmp_path / "was_run").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_expert_under_both_names_is_refused(original, tmp_path, capsys):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(original, folder)
+    shutil.rmtree(folder / "low_noise_model")
+    shutil.copytree(folder / "high_noise_model", folder / "low_noise_model")
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 2
+    assert "hold the same weights; the two experts differ" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -42,6 +42,7 @@ def convert(settings: ConvertSettings, report: Report = lambda _line: None) -> P
             report(f"{len(kept)} files of an earlier try are whole and kept")
         require_space(plan, journal.folder, set(kept))
         write_all(plan, journal, report)
+        require_two_experts(plan, journal)
         if settings.verify:
             verify_all(plan, journal, report)
         journal.make(MANIFEST, partial(write_manifest, settings, plan, journal, report))
@@ -99,6 +100,22 @@ def write_all(plan: Plan, journal: Journal, report: Report) -> None:
         for saved in map(Path, tokenizer.save_pretrained(journal.folder / "tokenizer")):
             if saved.is_file():
                 journal.make(saved.relative_to(journal.folder).as_posix(), hash_file)
+
+
+def require_two_experts(plan: Plan, journal: Journal) -> None:
+    """The experts are not one and the same.
+
+    Raises:
+        InputError: all their files are equal.
+    """
+    first, *others = (
+        [journal.done[name] for name, owner, _ in plan.weight_files() if owner is part] for part in plan.denoisers
+    )
+    if first in others:
+        files = " and ".join(str(part.weights.files[0]) for part in plan.denoisers)
+        raise InputError(
+            f"{files}: hold the same weights; the two experts differ, so one of them is a copy of the other"
+        )
 
 
 def small_files(plan: Plan) -> dict[str, Any]:

@@ -65,6 +65,9 @@ def find_denoisers(checkpoint: Path, high: Path | None, low: Path | None) -> tup
     if high and low:
         if high.resolve() == low.resolve():
             raise InputError(f"{high}: is given as both experts; each has its own file")
+        for wrong, file in (("low", high), ("high", low)):
+            if expert_in_name(file) == wrong:
+                raise InputError(f"{file}: is the {wrong}-noise expert by its name; are --high and --low swapped?")
         return Denoiser((high,)), Denoiser((low,))
     if checkpoint.is_file():
         if side := expert_in_name(checkpoint):
