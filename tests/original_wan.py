@@ -1,11 +1,10 @@
-"""Wan's models under the names that their authors gave: shapes of all weights, and the autoencoder in plain arithmetic.
+"""Wan's models under the names that their authors gave: the shapes of all weights.
 
 Names and shapes are typed after `wan/modules/{model,t5,vae2_1}.py` of Wan-Video/Wan2.2; nothing here comes from
 diffusers, transformers or the conversion.
 """
 
 import torch
-import torch.nn.functional as F
 
 A14B = {"dim": 5120, "ffn_dim": 13824, "num_layers": 40, "text_dim": 4096, "freq_dim": 256}
 WAN21_SMALL = {"dim": 1536, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096, "freq_dim": 256}
@@ -119,75 +118,3 @@ def random_weights(shapes, seed, dtype=torch.float32):
         fan_in = max(1, value[0].numel()) if value.ndim > 1 else 16
         weights[name] = (1 + 0.3 * value if is_scale else value / fan_in**0.5).to(dtype)
     return weights
-
-
-class ReferenceAutoencoder:
-    """Decode and encode whole sequences, causal in time, without the chunks and caches of the original."""
-
-    def __init__(self, weights):
-        self.weights = weights
-
-    def decode(self, latents):
-        x = self.conv("decoder.conv1", self.conv("conv2", latents))
-        x = self.middle("decoder", x)
-        for number in range(15):
-            name = f"decoder.upsamples.{number}"
-            x = self.upsample(name, x) if number in (3, 7, 11) else self.residual(name, x)
-        return self.conv("decoder.head.2", F.silu(self.norm("decoder.head.0", x)))
-
-    def encode(self, video):
-        """Mean and log variance, [1, 2 z, F, H, W]."""
-        x = self.conv("encoder.conv1", video)
-        for number in range(11):
-            name = f"encoder.downsamples.{number}"
-            x = self.downsample(name, x) if number in (2, 5, 8) else self.residual(name, x)
-        x = self.middle("encoder", x)
-        return self.conv("conv1", self.conv("encoder.head.2", F.silu(self.norm("encoder.head.0", x))))
-
-    def conv(self, name, x, stride=1):
-        kernel = self.weights[f"{name}.weight"]
-        time, height, width = kernel.shape[2:]
-        before = time - 1 if stride == 1 else 0
-        x = F.pad(x, (width // 2, width // 2, height // 2, height // 2, before, 0))
-        return F.conv3d(x, kernel, self.weights[f"{name}.bias"], stride=(stride, 1, 1))
-
-    def conv2d(self, name, x, **options):
-        frames = x[0].transpose(0, 1)
-        out = F.conv2d(frames, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], **options)
-        return out.transpose(0, 1)[None]
-
-    def norm(self, name, x):
-        gamma = self.weights[f"{name}.gamma"]
-        size = x.square().sum(1, keepdim=True).sqrt().clamp_min(1e-12)
-        return x / size * x.shape[1] ** 0.5 * gamma.reshape(1, -1, 1, 1, 1)
-
-    def residual(self, name, x):
-        h = self.conv(f"{name}.shortcut", x) if f"{name}.shortcut.weight" in self.weights else x
-        x = self.conv(f"{name}.residual.2", F.silu(self.norm(f"{name}.residual.0", x)))
-        return h + self.conv(f"{name}.residual.6", F.silu(self.norm(f"{name}.residual.3", x)))
-
-    def middle(self, half, x):
-        x = self.residual(f"{half}.middle.0", x)
-        name = f"{half}.middle.1"
-        q, k, v = self.conv2d(f"{name}.to_qkv", self.norm(f"{name}.norm", x))[0].transpose(0, 1).flatten(2).chunk(3, 1)
-        mixing = (q.transpose(1, 2) @ k / q.shape[1] ** 0.5).softmax(-1)
-        mixed = (mixing @ v.transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[3:])
-        x = x + self.conv2d(f"{name}.proj", mixed.transpose(0, 1)[None])
-        return self.residual(f"{half}.middle.2", x)
-
-    def upsample(self, name, x):
-        if f"{name}.time_conv.weight" in self.weights:
-            first, rest = x[:, :, :1], x[:, :, 1:]
-            if rest.shape[2]:
-                # Twice the channels become twice the frames.
-                halves = self.conv(f"{name}.time_conv", rest).unflatten(1, (2, -1))
-                rest = halves.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
-            x = torch.cat([first, rest], 2)
-        x = x.repeat_interleave(2, 3).repeat_interleave(2, 4)
-        return self.conv2d(f"{name}.resample.1", x, padding=1)
-
-    def downsample(self, name, x):
-        x = self.conv2d(f"{name}.resample.1", F.pad(x, (0, 1, 0, 1)), stride=2)
-        if f"{name}.time_conv.weight" in self.weights:
-            x = torch.cat([x[:, :, :1], self.conv(f"{name}.time_conv", x, stride=2)], 2) if x.shape[2] > 1 else x
-        return x

@@ -23,7 +23,6 @@ from tests.original_wan import (
     TINY_TEXT,
     UMT5_XXL,
     WAN21_SMALL,
-    ReferenceAutoencoder,
     autoencoder_shapes,
     denoiser_shapes,
     text_encoder_shapes,
@@ -34,6 +33,7 @@ from wan_finetune.convert.autoencoder import autoencoder_part
 from wan_finetune.convert.denoiser import denoiser_part
 from wan_finetune.convert.job import convert
 from wan_finetune.convert.planning import ConvertSettings
+from wan_finetune.convert.reference_autoencoder import ReferenceAutoencoder
 from wan_finetune.convert.reference_denoiser import denoiser_states
 from wan_finetune.convert.reference_text_encoder import text_encoder_states
 from wan_finetune.convert.tensor_files import TensorFacts
@@ -71,6 +71,11 @@ def reference_output(weights, latents, t, text):
     return denoiser_states(weights.__getitem__, 2, TINY_HEADS, 1e-6, latents, t, text)[-1]
 
 
+def reference_autoencoder():
+    weights = tiny_autoencoder()
+    return ReferenceAutoencoder(weights.__getitem__, weights)
+
+
 def close(value, wanted, tolerance=1e-5):
     return (value - wanted).norm() <= tolerance * wanted.norm()
 
@@ -102,7 +107,7 @@ def test_the_converted_text_encoder_gives_what_the_original_one_gives(exact):
 @torch.inference_mode()
 def test_the_converted_autoencoder_codes_and_decodes_as_the_original_one(exact):
     model = AutoencoderKLWan.from_pretrained(exact, subfolder="vae")
-    reference = ReferenceAutoencoder(tiny_autoencoder())
+    reference = reference_autoencoder()
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 16, 3, 2, 2, generator=generator)
     assert close(model.decode(latents).sample, reference.decode(latents).clamp(-1, 1))
@@ -141,7 +146,7 @@ def test_a_clip_of_the_converted_pipeline_is_the_one_that_the_original_weights_m
     mean, std = (
         torch.tensor(pipe.vae.config[name]).reshape(1, 16, 1, 1, 1) for name in ("latents_mean", "latents_std")
     )
-    decoded = ReferenceAutoencoder(tiny_autoencoder()).decode(x * std + mean).clamp(-1, 1)
+    decoded = reference_autoencoder().decode(x * std + mean).clamp(-1, 1)
     assert clip.std() > 0.01
     assert close(clip[0].transpose(0, 1) * 2 - 1, decoded[0], 1e-4)
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.killed_conversions import convert_on_a_small_disk, convert_until, pea
 from tests.original_checkpoints import write_a14b, write_rest
 from tests.original_wan import denoiser_shapes
 from wan_finetune.cli import main
+from wan_finetune.convert import planning
 from wan_finetune.convert.job import convert
 from wan_finetune.convert.planning import ConvertSettings
 from wan_finetune.errors import InputError
@@ -189,20 +191,37 @@ def test_nothing_is_said_unless_someone_watches(checkpoint, tmp_path, capsys, mo
     assert any("transformer_2 is the checkpoint's, to" in line for line in lines)
 
 
-def test_a_wrong_conversion_is_not_published(checkpoint, tmp_path, monkeypatch):
+SWAPS = [
+    ("denoiser_part", "blocks.1.attn1.to_q.weight", "blocks.1.attn1.to_k.weight", "transformer: block 1 differs by"),
+    ("denoiser_part", "blocks.0.attn1.to_v.bias", "blocks.0.attn2.to_v.bias", "transformer: block 0 differs by"),
+    (
+        "text_encoder_part",
+        "encoder.block.1.layer.1.DenseReluDense.wi_0.weight",
+        "encoder.block.1.layer.1.DenseReluDense.wi_1.weight",
+        "text_encoder: block 1 differs by",
+    ),
+    (
+        "autoencoder_part",
+        "decoder.up_blocks.0.resnets.1.norm1.gamma",
+        "decoder.up_blocks.0.resnets.1.norm2.gamma",
+        "vae: the decoder differs by",
+    ),
+    ("autoencoder_part", "encoder.down_blocks.9.norm1.gamma", "encoder.down_blocks.9.norm2.gamma", "vae: the encoder"),
+]
+
+
+@pytest.mark.parametrize(("maker", "one", "other", "message"), SWAPS)
+def test_a_wrong_conversion_is_not_published(checkpoint, tmp_path, monkeypatch, maker, one, other, message):
     """Swapped names of equal shape pass every check but the arithmetic."""
-    from diffusers.loaders import single_file_utils
+    right = getattr(planning, maker)
 
-    right = single_file_utils.convert_wan_transformer_to_diffusers
+    def swapped(*arguments):
+        part = right(*arguments)
+        exchange = {one: other, other: one}
+        return replace(part, names={old: exchange.get(new, new) for old, new in part.names.items()})
 
-    def swapped(weights, **options):
-        renamed = right(weights, **options)
-        one, other = "blocks.1.attn1.to_q.weight", "blocks.1.attn1.to_k.weight"
-        renamed[one], renamed[other] = renamed[other], renamed[one]
-        return renamed
-
-    monkeypatch.setattr(single_file_utils, "convert_wan_transformer_to_diffusers", swapped)
+    monkeypatch.setattr(planning, maker, swapped)
     settings = ConvertSettings(checkpoint=checkpoint, out=tmp_path / "out")
-    with pytest.raises(RuntimeError, match="transformer: block 1 differs by"):
+    with pytest.raises(RuntimeError, match=message):
         convert(settings)
     assert not (tmp_path / "out").exists()

@@ -20,6 +20,11 @@ from .verification import verify_autoencoder, verify_denoiser, verify_hashes, ve
 from .writing import copy_file, hash_file, write_json, write_shard
 
 MANIFEST = "conversion.json"
+VERIFY = {
+    "WanTransformer3DModel": verify_denoiser,
+    "UMT5EncoderModel": verify_text_encoder,
+    "AutoencoderKLWan": verify_autoencoder,
+}
 Report = Callable[[str], None]
 
 
@@ -137,12 +142,7 @@ def verify_all(plan: Plan, journal: Journal, report: Report) -> None:
     for part in plan.parts:
         folder = journal.folder / part.folder
         arguments = (folder, part, plan.shards[part.folder], plan.dtypes[part.folder])
-        if part.folder == "vae":
-            verify_autoencoder(folder)
-            report("vae decodes")
-            continue
-        verify = verify_text_encoder if part.folder == "text_encoder" else verify_denoiser
-        report(f"{part.folder} is the checkpoint's, to {verify(*arguments):.1g} in every block")
+        report(f"{part.folder} is the checkpoint's, to {VERIFY[part.class_name](*arguments):.1g}")
     require_tokenizer(journal.folder / "tokenizer")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .parts import Part
+from .reference_autoencoder import ReferenceAutoencoder
 from .reference_denoiser import Get, denoiser_states
 from .reference_text_encoder import text_encoder_states
 from .shards import Shard
@@ -54,7 +55,7 @@ def verify_denoiser(folder: Path, part: Part, shards: list[Shard], dtype: torch.
             model = WanTransformer3DModel.from_config(config).eval()
         states = stream(model, list(model.blocks), "blocks", folder, shards)
         states.append(model(latents, t, text, return_dict=False)[0])
-    return compare(states, wanted, folder)
+    return compare(states, wanted, blocks_and_output(config["num_layers"]), folder)
 
 
 def verify_text_encoder(folder: Path, part: Part, shards: list[Shard], dtype: torch.dtype | None) -> float:
@@ -67,12 +68,7 @@ def verify_text_encoder(folder: Path, part: Part, shards: list[Shard], dtype: to
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config.from_pretrained(folder)
-    # The reference asks by original names, whichever naming the checkpoint has.
-    by_new = {new: old for old, new in part.names.items()}
-    blocks = range(config.num_layers)
-    original_names = [f"blocks.{number}.{inner}" for number in blocks for inner in IN_BLOCK] + ["norm.weight"]
-    aliases = {name: by_new[new] for name, new in text_encoder_names(set(original_names)).items()}
-    table = by_new["shared.weight"]
+    table, keys = reference_keys(set(part.weights.tensors), config.num_layers)
     ids = torch.randint(config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
     stored = part.weights.tensors[table]
     wanted_dtype = part.wanted_dtype(table, dtype)
@@ -80,30 +76,44 @@ def verify_text_encoder(folder: Path, part: Part, shards: list[Shard], dtype: to
         rows = [stored.rows(number, number + 1, wanted_dtype).float() for number in ids]
         get = originals(part, dtype)
         wanted = text_encoder_states(
-            lambda name: get(aliases[name]), config.num_layers, config.num_heads, torch.cat(rows)[None]
+            lambda name: get(keys[name]), config.num_layers, config.num_heads, torch.cat(rows)[None]
         )
         with init_empty_weights(include_buffers=False):
             model = UMT5EncoderModel(config).eval()
         states = stream(model, list(model.encoder.block), "encoder.block", folder, shards, skip=("shared.weight",))
         embedded = read_rows(folder, shards, "shared.weight", ids)
         states.append(model(inputs_embeds=embedded[None]).last_hidden_state)
-    return compare(states, wanted, folder)
+    return compare(states, wanted, blocks_and_output(config.num_layers), folder)
 
 
-def verify_autoencoder(folder: Path) -> None:
-    """Load the converted autoencoder and decode noise.
+def reference_keys(names: set[str], num_layers: int) -> tuple[str, dict[str, str]]:
+    """Where a checkpoint holds the table, and each weight that the reference asks for by its original name.
+
+    Under that name itself where the checkpoint has it, so that the renaming has no part in its own proof.
+    """
+    asked = {"norm.weight", *(f"blocks.{number}.{inner}" for number in range(num_layers) for inner in IN_BLOCK)}
+    if asked <= names:
+        return "token_embedding.weight", {name: name for name in asked}
+    return "shared.weight", text_encoder_names(asked)
+
+
+def verify_autoencoder(folder: Path, part: Part, shards: list[Shard], dtype: torch.dtype | None) -> float:
+    """Hold a converted autoencoder against the original, in both directions and in time; the larger difference.
 
     Raises:
-        RuntimeError: weights that do not fit, or a picture that is not finite.
+        RuntimeError: the outputs differ.
     """
     from diffusers import AutoencoderKLWan
 
+    generator = torch.Generator().manual_seed(0)
+    reference = ReferenceAutoencoder(originals(part, dtype), part.weights.tensors)
     model = AutoencoderKLWan.from_pretrained(folder, dtype=torch.float32).eval()
-    latents = torch.randn(1, model.config.z_dim, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, model.config.z_dim, 3, 2, 2, generator=generator)
+    video = torch.rand(1, 3, 9, 16, 16, generator=generator) * 2 - 1
     with torch.inference_mode():
-        picture = model.decode(latents, return_dict=False)[0]
-    if not torch.isfinite(picture).all() or not picture.std() > 0:
-        raise RuntimeError(f"{folder}: the converted autoencoder decodes noise to nothing")
+        states = [model.encode(video).latent_dist.parameters, model.decode(latents, return_dict=False)[0]]
+        wanted = [reference.encode(video), reference.decode(latents).clamp(-1, 1)]
+    return compare(states, wanted, ["the encoder", "the decoder"], folder)
 
 
 def originals(part: Part, dtype: torch.dtype | None) -> Get:
@@ -170,18 +180,21 @@ def read_rows(folder: Path, shards: list[Shard], name: str, rows: list[int]) -> 
         return torch.cat([table[row : row + 1] for row in rows]).float()
 
 
-def compare(states: list[Tensor], wanted: list[Tensor], folder: Path) -> float:
+def blocks_and_output(number: int) -> list[str]:
+    """What the states of a model of so many blocks are."""
+    return [*(f"block {block}" for block in range(number)), "the output"]
+
+
+def compare(states: list[Tensor], wanted: list[Tensor], places: list[str], folder: Path) -> float:
     """The largest difference relative to the size.
 
     Raises:
         RuntimeError: one that rounding does not explain.
     """
-    assert len(states) == len(wanted), "one state a block, and the output"
     largest = 0.0
-    for number, (state, want) in enumerate(zip(states, wanted, strict=True)):
+    for where, state, want in zip(places, states, wanted, strict=True):
         difference = float((state - want).norm() / want.norm())
         if not difference <= TOLERANCE:
-            where = "the output" if number == len(states) - 1 else f"block {number}"
             raise RuntimeError(
                 f"{folder.name}: {where} differs by {difference:.2g} from the checkpoint's; the conversion is wrong. "
                 "Please report it with the names of the files"
