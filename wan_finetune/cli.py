@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from .commands import adapters, operations, sample
+from .commands import adapters, convert, operations, sample
 from .errors import InputError
 
-COMMANDS = (sample, adapters, operations)
+COMMANDS = (sample, adapters, operations, convert)
 """Modules of commands, in the order of `--help`; each has `add_to(commands)`."""
 
 
