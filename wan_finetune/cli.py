@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from .commands import adapters, sample
+from .commands import adapters, push, sample
 from .errors import InputError
 
-COMMANDS = (sample, adapters)
+COMMANDS = (sample, adapters, push)
 """Modules of commands, in the order of `--help`; each has `add_to(commands)`."""
 
 
