@@ -220,7 +220,7 @@ def facts(artefacts: Artefacts, text: Texts) -> dict[str, str]:
         said = [(text.experts[adapter.expert], value(adapter)) for adapter in artefacts.adapters]
         if artefacts.experts == ("single",):
             return str(said[0][1])
-        return ", ".join(f"{name} {each}" for name, each in said if each)
+        return "; ".join(f"{name} {each}" for name, each in said if each)
 
     batch = train.get("batch_size", 0) * train.get("gradient_accumulation", 1)
     return {
