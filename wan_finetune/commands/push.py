@@ -46,11 +46,13 @@ def push_command(arguments: argparse.Namespace) -> None:
     token = "" if arguments.dry_run else require_login()
     artefacts = read_artefacts(arguments.folder)
     target = Target(name=arguments.repo, private=not arguments.public, branch=arguments.branch)
-    pushes = [(target, model_files(artefacts, arguments), is_ours)]
+    files = model_files(artefacts, arguments)
+    require_no_leak(files, token)
+    # What the toolkit itself writes names places in a container, and is not looked through.
+    pushes = [(target, files | endpoint(artefacts, arguments), is_ours)]
     if arguments.space:
         there = Target(name=space, kind="space", private=not arguments.public)
         pushes.append((there, demo_files(artefacts, arguments), lambda name: False))
-    require_no_leak(pushes[0][1], token)
     if arguments.dry_run:
         for target, files, _ in pushes:
             show(target, files)
@@ -82,12 +84,16 @@ def model_files(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[s
     card = make_card(
         artefacts, repo=arguments.repo, base=arguments.base, language=arguments.lang, license=arguments.license
     )
-    files = repository_files(artefacts, card)
-    if arguments.endpoint:
-        from ..serving.files import endpoint_files
+    return repository_files(artefacts, card)
 
-        files |= endpoint_files(base=arguments.base or artefacts.about["base"])
-    return files
+
+def endpoint(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[str, Path | bytes]:
+    """What an Inference Endpoint needs beside the adapter."""
+    if not arguments.endpoint:
+        return {}
+    from ..serving.files import endpoint_files
+
+    return dict(endpoint_files(base=arguments.base or artefacts.about["base"]))
 
 
 def demo_files(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[str, Path | bytes]:
