@@ -28,6 +28,7 @@ ROUTES = {
     "batch": r"POST /(?:spaces/)?(?P<name>[\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch",
     "put": r"PUT /lfs/(?P<oid>\w+)",
     "verify": r"POST /lfs/verify",
+    "xet": r"GET /api/(?:models|spaces)/(?P<name>[\w.-]+/[\w.-]+)/xet-write-token/(?P<revision>[^/?]+)",
     "commit": r"POST /api/(?:models|spaces)/(?P<name>[\w.-]+/[\w.-]+)/commit/(?P<revision>[^/?]+)",
 }
 
@@ -51,6 +52,8 @@ class FakeHub:
     """What the server knows and what it was asked."""
 
     url: str = ""
+    xet_url: str = "http://127.0.0.1:9"
+    """Xet's storage; nobody is there."""
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     script: dict[str, list[Fault]] = field(default_factory=lambda: defaultdict(list))
@@ -193,6 +196,11 @@ class Handler(BaseHTTPRequestHandler):
                     files[-1]["oid"] = sha256(there) if mode == "lfs" else hashlib.sha1(blob).hexdigest()
             self.answer(200, {"files": files})
 
+    def on_xet(self, body: bytes) -> None:
+        """Leave to send to a storage, `hub.xet_url`."""
+        about = {"casUrl": self.hub.xet_url, "exp": int(time.time()) + 3600, "accessToken": "of-xet"}
+        self.answer(200, about)
+
     def on_batch(self, body: bytes) -> None:
         objects = []
         for each in json.loads(body)["objects"]:
@@ -235,6 +243,15 @@ class Handler(BaseHTTPRequestHandler):
             found.heads[self.branch] = oid(f"{self.match['name'] if self.match else ''}{len(found.commits)}")
             url = f"{self.hub.url}/{self.match and self.match['name']}/commit/{found.heads[self.branch]}"
             self.answer(200, {"commitUrl": url, "commitOid": found.heads[self.branch]})
+
+
+@contextmanager
+def silent_server() -> Iterator[str]:
+    """An address that takes connections and says nothing."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(64)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 class Dropped(Exception):

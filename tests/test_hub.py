@@ -2,6 +2,7 @@
 
 import random
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from tests.fake_hub import (
     cut_midway,
     drip,
     fake_hub,
+    silent_server,
     stall,
     status,
     truncated,
 )
+from tests.fork_server import fork
+from tests.hub_child import push_by_xet
 from wan_finetune.errors import InputError
 from wan_finetune.hub import Pushed, Target, push, require_repo_name
 from wan_finetune.hub_patience import Patience, PushError, Unsettled, persevere
@@ -269,3 +273,35 @@ def test_no_series_of_faults_waits_longer_than_its_limit():
 def test_the_client_of_others_comes_back_comes_back(hub, files):
     send(hub, files)
     assert type(huggingface_hub.get_session()).__name__ == "Client"
+
+
+@pytest.mark.parametrize("storage", ["gives no leave for now", "is not there", "is silent"])
+def test_where_xet_fails_files_go_without_it_in_bounded_time(hub, tmp_path, storage):
+    """hf_xet's own client, which is not ours: it alone goes on for minutes."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "low_noise.safetensors").write_bytes(random.Random(0).randbytes(200_000))
+    if storage == "gives no leave for now":
+        hub.script["xet"] = [status(500)] * 99
+    began = time.monotonic()
+    with silent_server() as silence:
+        if storage == "is silent":
+            hub.xet_url = silence
+        child = fork(push_by_xet, hub.url, TOKEN, folder, log=tmp_path / "log", environment={"HF_HOME": str(tmp_path)})
+        assert child.wait(60) == 0, child.output
+    assert "sending files by Xet failed, the next try goes without it" in child.output
+    assert hub.files("acme/look") == {"low_noise.safetensors": (folder / "low_noise.safetensors").read_bytes()}
+    assert hub.requests["xet"] <= 2 and len(hub.repositories["acme/look"].commits) == 1
+    assert time.monotonic() - began < 50 and TOKEN not in child.output
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_where_xet_is_refused_the_login_is_told_at_once(hub, tmp_path, code):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "low_noise.safetensors").write_bytes(b"x" * 20_000)
+    hub.script["xet"] = [status(code)] * 99
+    child = fork(push_by_xet, hub.url, TOKEN, folder, log=tmp_path / "log", environment={"HF_HOME": str(tmp_path)})
+    assert child.wait(60) == 1
+    assert f"({code}): " in child.output and "hf auth login" in child.output and TOKEN not in child.output
+    assert hub.requests["xet"] == 1 and not hub.requests["commit"]

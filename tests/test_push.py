@@ -189,6 +189,18 @@ def test_a_push_that_fails_keeps_the_folder_and_prints_the_command_that_works(at
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_ctrl_c_ends_with_the_command_and_no_traceback(at_home, hub, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wan_finetune.hub.push", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["push", "runs/ember", "acme/look"])
+    assert (
+        ended.value.code == 130 and "the same again: wan-finetune push runs/ember acme/look" in capsys.readouterr().err
+    )
+
+
 def test_the_command_that_is_printed_means_the_same():
     line = (
         "push a/b acme/look --public --lang zh --license mit --base x/y --branch b --message 'a b' --space --endpoint"

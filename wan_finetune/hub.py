@@ -1,29 +1,22 @@
 """Putting files into a repository of the Hub: one commit, tried again where that may help, never made twice."""
 
 import logging
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import InputError
 from .hub_patience import Patience, PushError, Refused, Unsettled, persevere
+from .hub_xet import XetFailed, bounded_xet
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 RepoType = Literal["model", "space"]
-XET_LIMITS = {
-    "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "4",
-    "HF_XET_CLIENT_RETRY_MAX_DURATION": "60s",
-    "HF_XET_CLIENT_CONNECT_TIMEOUT": "10s",
-    "HF_XET_CLIENT_READ_TIMEOUT": "40s",
-}
-"""Xet sends files past our client, with tries of its own; what the user has set stays."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,39 +113,68 @@ def push(
     """
     from huggingface_hub import HfApi
 
+    from .hub_client import careful_client
+
     api = api or HfApi(token=require_login())
-    for name, value in XET_LIMITS.items():
-        os.environ.setdefault(name, value)
+    by_xet = True
 
     def attempt(seconds_left: float) -> Pushed:
-        from .hub_client import careful_client
-
-        with careful_client(patience, seconds_left), judged(target):
-            return push_once(api, target, files, message, is_ours)
+        nonlocal by_xet
+        with careful_client(patience, seconds_left), judged(target), ExitStack() as open_files:
+            info = look(api, target)
+            operations = changes(files, {each.rfilename for each in info.siblings or []}, is_ours)
+            try:
+                with bounded_xet(patience, sum(map(size_bytes, files.values()))) if by_xet else nullcontext():
+                    return commit(api, target, info, operations if by_xet else opened(operations, open_files), message)
+            except XetFailed:
+                by_xet = False
+                raise
 
     with quiet_hub():
         return persevere(attempt, patience, tell, sleep)
 
 
-def push_once(
-    api: "HfApi", target: Target, files: Mapping[str, Path | bytes], message: str, is_ours: Callable[[str], bool]
-) -> Pushed:
-    """One try: look, make what is missing, commit upon what was seen."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+def look(api: "HfApi", target: Target) -> Any:
+    """What the Hub says of the repository; it is made where there is none.
 
+    Raises:
+        InputError: others see it, and that is not wanted.
+    """
     info = find(api, target) or make(api, target)
     if target.private and not info.private:
         raise InputError(
             f"{target.place} is public on the Hub, and what is pushed there can be seen by everybody; "
             "say so with --public, or give another name"
         )
-    there = {each.rfilename for each in info.siblings or []}
-    operations: list[Any] = [
-        CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-        for name, content in sorted(files.items())
+    return info
+
+
+def changes(files: Mapping[str, Path | bytes], there: set[str], is_ours: Callable[[str], bool]) -> list[Any]:
+    """What is to be done to a repository that holds the files `there`."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    outdated = sorted(name for name in there - files.keys() if is_ours(name))
+    return [
+        *(CommitOperationAdd(name, content) for name, content in sorted(files.items())),
+        *(CommitOperationDelete(name) for name in outdated),
     ]
-    operations += [CommitOperationDelete(name) for name in sorted(there - files.keys()) if is_ours(name)]
-    commit = api.create_commit(
+
+
+def opened(operations: Sequence[Any], open_files: ExitStack) -> list[Any]:
+    """The same with files opened, which huggingface_hub does not send by Xet."""
+    from huggingface_hub import CommitOperationAdd
+
+    return [
+        CommitOperationAdd(each.path_in_repo, open_files.enter_context(open(each.path_or_fileobj, "rb")))
+        if isinstance(each, CommitOperationAdd) and isinstance(each.path_or_fileobj, str)
+        else each
+        for each in operations
+    ]
+
+
+def commit(api: "HfApi", target: Target, info: Any, operations: Sequence[Any], message: str) -> Pushed:
+    """One commit upon the state that was seen."""
+    done = api.create_commit(
         target.name,
         operations,
         commit_message=message,
@@ -163,10 +185,14 @@ def push_once(
     )
     return Pushed(
         url=f"{api.endpoint}/{target.place}",
-        commit=commit.oid,
-        is_new=commit.oid != info.sha,
+        commit=done.oid,
+        is_new=done.oid != info.sha,
         is_private=bool(info.private),
     )
+
+
+def size_bytes(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def find(api: "HfApi", target: Target) -> Any | None:
@@ -220,19 +246,7 @@ def judged(target: Target) -> Iterator[None]:
             raise judge_answer(found, target) from error
         if isinstance(error, ValueError) and "LFS batch API returned errors" in str(error):
             raise Unsettled("the storage refuses a file") from error
-        if type(error).__name__ == "XetAuthenticationError" or isinstance(error, PermissionError):
-            raise PushError(refusal(403, target)) from error
-        if is_of_xet(error):
-            raise Unsettled("sending files by Xet failed (HF_HUB_DISABLE_XET=1 sends them without it)") from error
         raise
-
-
-def is_of_xet(error: Exception) -> bool:
-    """Xet's client raises built-in errors; the call that failed says where they are from."""
-    trace, last = error.__traceback__, ""
-    while trace is not None:
-        last, trace = trace.tb_frame.f_code.co_name, trace.tb_next
-    return last == "_upload_xet_files" and isinstance(error, RuntimeError | OSError | ValueError)
 
 
 def judge_answer(error: Any, target: Target) -> Exception:

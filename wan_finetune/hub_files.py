@@ -209,10 +209,6 @@ def is_ours(name: str) -> bool:
     return (folder in BESIDE and file in experts) or (folder == "samples" and bool(CLIP_NAME.fullmatch(file)))
 
 
-def size_bytes(content: Path | bytes) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
 def require_no_leak(files: Mapping[str, Path | bytes], secret: str = "") -> None:
     """Whether texts and the headers of weights are free of paths, of this machine's names, and of the token.
 

@@ -21,6 +21,8 @@ class Patience:
     """Without a byte in either direction, after which a request has failed."""
     answer_seconds: float = 60.0
     """From the first byte of an answer to its last: the answers are small, so a slower one drips."""
+    xet_seconds: float = 30.0
+    """For Xet, besides what its bytes take on the slowest connection."""
     first_pause_seconds: float = 1.0
     """Before the second try; doubled before each further one, and drawn between half and the whole of it."""
     longest_pause_seconds: float = 20.0

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,10 +66,11 @@ def push_command(arguments: argparse.Namespace) -> None:
             print(f"{what}{done.url} ({'private' if done.is_private else 'public'})", flush=True)
             if arguments.public and done.is_private:
                 print("it was private before and stays so; its settings on the Hub change that")
-    except PushError as error:
-        tell(f"error: {str(error).replace(token, '***')}")
+    except (PushError, KeyboardInterrupt) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        tell("stopped" if stopped else f"error: {str(error).replace(token, '***')}")
         tell(f"nothing is lost, {arguments.folder} is as it was; the same again: {again(arguments)}")
-        sys.exit(1)
+        sys.exit(128 + signal.SIGINT if stopped else 1)
 
 
 def tell(text: str) -> None:
@@ -115,7 +117,7 @@ def demo_files(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[st
 
 def show(target: Any, files: dict[str, Path | bytes]) -> None:
     """What would go where, and how much it is."""
-    from ..hub_files import size_bytes
+    from ..hub import size_bytes
 
     kind = "private" if target.private else "public"
     branch = f", branch {target.branch}" if target.branch else ""
@@ -125,7 +127,7 @@ def show(target: Any, files: dict[str, Path | bytes]) -> None:
 
 
 def megabytes(files: dict[str, Path | bytes]) -> str:
-    from ..hub_files import size_bytes
+    from ..hub import size_bytes
 
     return f"{sum(map(size_bytes, files.values())) / 2**20:.1f} MiB"
 
