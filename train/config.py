@@ -13,6 +13,7 @@ from wan_finetune.sampling import SamplingSettings
 from wan_finetune.settings import Settings
 
 from .expert_settings import SHARED_TABLES, ExpertSettings, FlowSettings, OptimizerSettings
+from .hub_settings import HubSettings
 
 
 class RunSettings(Settings):
@@ -131,6 +132,7 @@ class Config(Settings):
     validation: ValidationSettings = ValidationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
+    hub: HubSettings = HubSettings()
 
     @model_validator(mode="before")
     @classmethod

@@ -78,6 +78,7 @@ RULES: dict[str, Rule] = {
     "sampling": FINE,
     "evaluation": FINE,
     "tracking": FINE,
+    "hub": FINE,
     "validation": FINE,
     "validation.clips": SAMPLES,
     "validation.every_steps": SAMPLES,  # with none, nothing is held out

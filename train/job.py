@@ -29,6 +29,7 @@ from .panel import Figures
 from .preparing import prepare_data
 from .previews import Previews
 from .provenance import facts_of_expert, facts_of_run
+from .publishing import Publisher, write_card
 from .recommendation import Candidate, recommend
 from .rounds import Stretch, stretches
 from .signals import Stopped, StopRequest
@@ -63,8 +64,9 @@ def run(config: Config, stop: StopRequest) -> None:
             require_start(config.expert(name).lora, name)
     data = prepare_data(config, accelerator)
     metrics = Metrics(config, accelerator)
-    with sole_writer(folder / "checkpoints") if accelerator.is_main_process else nullcontext():
-        states = train_experts(config, base, data, metrics, accelerator, stop)
+    publisher = Publisher(config, make_adapter, accelerator.is_main_process)
+    with publisher, sole_writer(folder / "checkpoints") if accelerator.is_main_process else nullcontext():
+        states = train_experts(config, base, data, metrics, accelerator, stop, publisher)
     validation = Validation(config.validation, folder, accelerator)
     validation.begin({name: state.step for name, state in states.items()})
     if not accelerator.is_main_process:
@@ -76,12 +78,21 @@ def run(config: Config, stop: StopRequest) -> None:
         say(f"wrote {path}")
     verify_adapter_folder(config.model.base, folder / "adapter", adapters, config.model.revision)
     say("each file was loaded into a fresh expert by diffusers: every key matched, the output changed")
+    write_card(config)
     showcase.show(config, metrics, data)
+    write_card(config)
+    publisher.finish()
     accelerator.end_training()
 
 
 def train_experts(
-    config: Config, base: Path, data: TrainingData, metrics: Metrics, accelerator: Accelerator, stop: StopRequest
+    config: Config,
+    base: Path,
+    data: TrainingData,
+    metrics: Metrics,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    publisher: Publisher | None = None,
 ) -> States:
     """Take every expert to its last step, one stretch after the other; returns their states."""
     folder = config.run_folder / "checkpoints"
@@ -103,6 +114,8 @@ def train_experts(
         if accelerator.is_main_process:
             save_checkpoint(folder, states, identity, config.train.keep_checkpoints)
         accelerator.wait_for_everyone()
+        if publisher:
+            publisher.at_checkpoint(states, validation)
 
     bases = make_bases(config, base, home_device(accelerator))
     plan = list(stretches(config.steps(), config.train.order, config.train.round_steps))
@@ -110,6 +123,8 @@ def train_experts(
         state = states[stretch.expert]
         if state.step >= stretch.stop or validation.has_stopped(stretch.expert):
             continue
+        if publisher:
+            publisher.before_stretch(stretch, states)
         trainer = ExpertTrainer(config, stretch.expert, state, base, data, accelerator, bases)
         if accelerator.device.type == "cuda" and state.step == 0 and engine_name(accelerator) in ("single", "ddp"):
             trainer.rehearse()

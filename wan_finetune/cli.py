@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from .commands import adapters, convert, operations, sample
+from .commands import adapters, convert, operations, push, sample
 from .errors import InputError
 
-COMMANDS = (sample, adapters, operations, convert)
+COMMANDS = (sample, adapters, operations, convert, push)
 """Modules of commands, in the order of `--help`; each has `add_to(commands)`."""
 
 
