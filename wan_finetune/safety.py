@@ -31,8 +31,10 @@ TERMS_FILE = "WAN_FINETUNE_BLOCKED_TERMS"
 """Environment variable: a text file of further blocked terms, one a line."""
 
 UNSAFE_LABELS = frozenset(
-    ("nsfw", "unsafe", "explicit", "sexual", "sexy", "erotic", "porn", "pornography", "hentai", "nude", "nudity")
-    + ("gore", "violence", "violent")
+    {
+        *("nsfw", "unsafe", "explicit", "sexual", "sexy", "erotic", "porn", "pornography", "hentai", "nude", "nudity"),
+        *("gore", "violence", "violent"),
+    }
 )
 """What classifiers call what is not to be shown; names are compared in small letters."""
 
@@ -251,8 +253,8 @@ def _open_classifier(source: str) -> "tuple[PreTrainedModel, Any]":
     except Exception as error:
         raise InputError(
             f"the safety filter's image classifier {source!r} cannot be loaded ({type(error).__name__}), and without "
-            f"it nothing is served; check name, folder and connection, name another one in {FRAME_SWITCH}, or set that to "
-            "off to serve unfiltered frames"
+            "it nothing is served; check name, folder and connection, name another one in "
+            f"{FRAME_SWITCH}, or set that to off to serve unfiltered frames"
         ) from error
     if loading["missing_keys"]:
         raise InputError(
