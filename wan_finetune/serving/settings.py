@@ -73,7 +73,10 @@ def read_settings(folder: Path, environment: Mapping[str, str]) -> ServingSettin
             raise InputError(f"{path}: not valid JSON ({error})") from None
         if not isinstance(table, dict):
             raise InputError(f"{path}: must be a JSON object")
-    table |= {key: environment[name] for key, name in ENVIRONMENT.items() if name in environment}
+    for key, name in ENVIRONMENT.items():
+        # An empty trigger is none; an empty base or adapter is a variable that was left empty.
+        if environment.get(name) or (key == "trigger" and name in environment):
+            table[key] = environment[name]
     try:
         return ServingSettings.model_validate(table)
     except ValidationError as error:
