@@ -32,18 +32,19 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def leave_checkout() -> None:
+def leave_checkout(*brought: str) -> None:
     """Forget the checkout's modules, where they lie, and what is not installed where they are served."""
-    for name in [name for name in sys.modules if name.split(".")[0] in (*LEFT_AT_HOME, *NOT_REQUIRED)]:
+    missing = [name for name in NOT_REQUIRED if name not in brought]
+    for name in [name for name in sys.modules if name.split(".")[0] in (*LEFT_AT_HOME, *missing)]:
         del sys.modules[name]
-    sys.modules.update(dict.fromkeys(NOT_REQUIRED))  # type: ignore[arg-type]  # None makes an import fail
+    sys.modules.update(dict.fromkeys(missing))  # type: ignore[arg-type]  # None makes an import fail
     sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
     sys.path = [path for path in sys.path if not (Path(path or ".") / "wan_finetune").is_dir()]
 
 
 def run_app(folder: Path) -> int:
     """In a child: `python app.py` in a Space's folder."""
-    leave_checkout()
+    leave_checkout("rich")  # gradio's
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     return run(lambda: runpy.run_path("app.py", run_name="__main__"), folder)
