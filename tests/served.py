@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.fork_server import Child, fork
+from tests.test_adapters import trained
+from wan_finetune.experts import HIGH, LOW
+from wan_finetune.export import write_adapter_folder
 
+SAMPLING = {"width": 64, "height": 32, "num_frames": 5, "steps": 2, "guidance_scale": 2.0, "guidance_scale_2": 1.5}
+"""Quick on the tiny base."""
+RED = {"prompt": "夜空中，一个红色的圆形", "seed": 7}
 LEFT_AT_HOME = ("wan_finetune", "data", "train")
 NOT_REQUIRED = ("decord", "rich", "tomli_w", "xxhash", "cv2", "scenedetect")
 """What the checkout has and a served folder's requirements.txt does not name."""
@@ -40,6 +46,19 @@ def leave_checkout(*brought: str) -> None:
     sys.modules.update(dict.fromkeys(missing))  # type: ignore[arg-type]  # None makes an import fail
     sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
     sys.path = [path for path in sys.path if not (Path(path or ".") / "wan_finetune").is_dir()]
+    sys.addaudithook(tell_of_other_hosts)
+
+
+def tell_of_other_hosts(event: str, arguments: tuple[Any, ...]) -> None:
+    """Every name that is looked up and every address that is connected to, loopback apart, has a line in the log."""
+    if event == "socket.getaddrinfo":
+        host = arguments[0]
+    elif event == "socket.connect" and isinstance(arguments[1], tuple):
+        host = arguments[1][0]
+    else:
+        return
+    if host not in (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0"):
+        print(f"ANOTHER HOST: {host}", flush=True)
 
 
 def run_app(folder: Path) -> int:
@@ -95,6 +114,12 @@ def call_endpoint(folder: Path, bodies: Sequence[Any], out: Path) -> int:
     out.write_text(json.dumps(answers), encoding="utf-8")
     check_home(folder)
     return 0
+
+
+def write_adapter(base: Path, folder: Path) -> Path:
+    """An adapter folder for a base with two experts, with weights as after some training."""
+    write_adapter_folder(folder, [trained(base, expert) for expert in (HIGH, LOW)])
+    return folder
 
 
 def start(target: Any, *arguments: Any, log: Path, environment: Mapping[str, str]) -> Child:

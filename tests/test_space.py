@@ -11,12 +11,10 @@ import psutil
 import pytest
 
 from tests.fork_server import wait_for
-from tests.served import free_port, lay_out, run_app, start
-from tests.test_adapters import trained
+from tests.served import free_port, lay_out, run_app, start, write_adapter
 from tests.tiny_classifier import write_tiny_classifier
 from wan_finetune.errors import InputError
-from wan_finetune.experts import HIGH, LOW, base_folder
-from wan_finetune.export import write_adapter_folder
+from wan_finetune.experts import base_folder
 from wan_finetune.safety import FRAME_SWITCH, PromptFilter, Refused
 from wan_finetune.serving.asking import parse_request
 from wan_finetune.serving.files import space_files
@@ -35,9 +33,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ember")
-    write_adapter_folder(folder, [trained(base_folder("pocket"), expert) for expert in (HIGH, LOW)])
-    return folder
+    return write_adapter(base_folder("pocket"), tmp_path_factory.mktemp("ember"))
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +167,7 @@ def test_the_space_listens_on_this_machine_alone(space):
     _, child, environment = space
     listening = [c.laddr for c in psutil.Process(child.pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
     assert {(place.ip, str(place.port)) for place in listening} == {("127.0.0.1", environment["GRADIO_SERVER_PORT"])}
+    assert "ANOTHER HOST" not in child.output
     assert "nude" not in child.output and "圆形" not in child.output, "prompts are in no log"
 
 
