@@ -59,7 +59,7 @@ ember style, A red star moves up in a desert.
 SEXUAL = (
     """
 a nude woman|NUDE|ｎｕｄｅ|ⓝⓤⓓⓔ|🇳🇺🇩🇪|n u d e|n.u.d.e|n\u200bu\u200bd\u200be|n\u202eude|n\u00adude|nu\u0301de|пudе
-nud3 woman|p0rn|p*rn|pornographic film|sexxxx scene|$ex|a sex-tape|f u c k|XXX film|a woman without clothes
+nud3 woman|p0rn|p*rn|pornographic film|sexxxx scene|$ex|a sex-tape|f u c k|Xxx film|a woman without clothes
 n&#117;de|n&amp;#117;de|一个nude女人|做爱|做 爱|做*爱|做\u200b爱|色情片|色 情|裸体|裸 體|她全裸|强奸|口交
 """.replace("\n", "|")
     .strip("|")
@@ -137,7 +137,7 @@ def test_what_cannot_be_seen_hides_nothing(term, hidden):
 
 
 def test_an_operator_adds_terms_and_only_off_turns_the_filter_off(tmp_path):
-    (tmp_path / "terms.txt").write_text("Jane Doe\n\n张三\n", encoding="utf-8")
+    (tmp_path / "terms.txt").write_text("Jane Doe\n\n张三\n*\n---\n", encoding="utf-8")
     filter_ = open_prompt_filter({TERMS_FILE: str(tmp_path / "terms.txt")})
     assert [filter_.find(p) for p in ("jane  doe smiles", "张 三微笑", "Jane smiles")] == ["other", "other", None]
     assert open_prompt_filter({PROMPT_SWITCH: "off"}) is None

@@ -9,15 +9,19 @@ import pytest
 import torch
 
 from tests.served import RED, SAMPLING, write_adapter
+from tests.test_adapters import trained
 from tests.tiny_classifier import write_tiny_classifier
+from tests.tiny_model import write_tiny_base
 from wan_finetune.captions import DEFAULT_TEMPLATE
 from wan_finetune.errors import InputError
-from wan_finetune.pipeline import load_pipeline
+from wan_finetune.experts import SINGLE
+from wan_finetune.export import write_adapter_folder
+from wan_finetune.pipeline import go_block_by_block, load_pipeline
 from wan_finetune.safety import FRAME_SWITCH, FrameFilter, Refused, SafetySettings
 from wan_finetune.sampling import Request, SamplingSettings, sample
 from wan_finetune.serving.asking import parse_request
 from wan_finetune.serving.files import SDK_VERSION, endpoint_files, space_files
-from wan_finetune.serving.generator import as_mp4, open_generator
+from wan_finetune.serving.generator import Generator, as_mp4, open_generator
 from wan_finetune.serving.settings import ServingSettings, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +77,24 @@ def test_requests_at_once_get_what_they_would_have_got_alone(generator):
     assert {made.base_video for made in together} == {alone[0].base_video} and alone[0].video != alone[1].video
 
 
+def test_blocks_that_come_and_go_obey_strengths_too(generator, settings):
+    pipe = load_pipeline(settings.base, settings.adapter)
+    go_block_by_block(pipe, torch.device("cpu"))
+    streamed = Generator(pipe, generator.settings, None, None)
+    for asked in ({**RED, "strength_low": 1.5, "compare": True}, {**RED, "strength_high": 0.5}):
+        here, there = generator.generate(asked), streamed.generate(asked)
+        assert (here.video, here.base_video) == (there.video, there.base_video)
+
+
+def test_a_base_with_one_denoiser_is_served_at_the_first_strength(tmp_path):
+    write_tiny_base(tmp_path / "base", num_experts=1)
+    write_adapter_folder(tmp_path / "adapter", [trained(tmp_path / "base", SINGLE)])
+    table = {"base": str(tmp_path / "base"), "adapter": str(tmp_path / "adapter"), "sampling": SAMPLING}
+    single = open_generator(ServingSettings.model_validate(table), {FRAME_SWITCH: "off"})
+    full, none = single.generate(RED), single.generate({**RED, "strength_high": 0, "strength_low": 2, "compare": True})
+    assert full.video != none.video == none.base_video
+
+
 def test_settings_of_a_clip_make_it_again(generator):
     first = generator.generate({"prompt": "A red circle.", "num_frames": 9})
     kept = {key: value for key, value in first.settings.items() if key not in ("shift", "versions")}
@@ -98,7 +120,11 @@ def test_settings_of_a_clip_make_it_again(generator):
         ({"prompt": "a", "num_frames": 1e400}, "num_frames"),
         ({"prompt": "a", "steps": 0}, "steps"),
         ({"prompt": "a", "steps": 51}, "steps is 51"),
+        ({"prompt": "a", "steps": 10**4000}, r"steps is 10+\.\.\."),
+        ({"prompt": "a", "steps": -(10**4000)}, "steps"),
+        ({"prompt": "a\ud800"}, "prompt: Input should be a valid string"),
         ({"prompt": "a", "fps": 0}, "fps"),
+        ({"prompt": "a", "fps": float("nan")}, "fps"),
         ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale"),
         ({"prompt": "a", "guidance_scale": -1}, "guidance_scale"),
         ({"prompt": "a", "seed": -1}, "seed"),

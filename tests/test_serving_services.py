@@ -1,15 +1,15 @@
 """The endpoint as its service calls it, the local server over HTTP and its container, and docs/serving.md."""
 
+import asyncio
 import base64
 import json
 import re
 import shlex
 import signal
-import threading
-import time
 import tomllib
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from wan_finetune.safety import FRAME_SWITCH, PROMPT_SWITCH, TERMS_FILE, SafetyS
 from wan_finetune.serving.asking import GenerationRequest
 from wan_finetune.serving.files import endpoint_files
 from wan_finetune.serving.generator import open_generator
-from wan_finetune.serving.server import BODY_SECONDS, MAX_BODY_BYTES, make_parser
+from wan_finetune.serving.server import BODY_SECONDS, MAX_BODY_BYTES, Service, make_parser
 from wan_finetune.serving.settings import ENVIRONMENT, ServingSettings
 from wan_finetune.video import read_video
 
@@ -195,27 +195,33 @@ def test_the_server_refuses_what_it_cannot_do(served, body, more, status, words)
         assert json.loads(content)["category"] == "sexual"
 
 
-def test_one_request_waits_and_the_next_is_turned_away(served):
+def test_one_request_waits_and_others_are_turned_away(served):
     long = {"inputs": "a red circle", "parameters": {"seed": 1, "steps": 50, "num_frames": 17}}
-    answers = {}
-
-    def ask(name, body):
-        answers[name] = served.ask(body)
-
-    first = threading.Thread(target=ask, args=("first", long))
-    second = threading.Thread(target=ask, args=("second", long))
-    first.start()
-    time.sleep(0.2)
-    second.start()
-    time.sleep(0.2)
-    status, headers, content = served.ask(long)
-    assert status == 429 and int(headers["retry-after"]) > 0 and b"try again later" in content
-    assert served.health() == 200, "the server answers while it makes a clip"
-    first.join()
-    second.join()
-    assert answers["first"][0] == answers["second"][0] == 200
-    assert json.loads(answers["first"][2])["video"] == json.loads(answers["second"][2])["video"]
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(served.ask, long) for _ in range(6)]
+        wait_for(lambda: any(each.done() for each in asked), "answer")
+        assert served.health() == 200, "the server answers while it makes a clip"
+        answers = [each.result() for each in asked]
+    made = [json.loads(content)["video"] for status, _, content in answers if status == 200]
+    refused = [(headers, content) for status, headers, content in answers if status == 429]
+    assert len(made) >= 2 and len(refused) >= 1 and len(made) + len(refused) == 6
+    assert len(set(made)) == 1
+    assert all(int(headers["retry-after"]) > 0 and b"try again later" in content for headers, content in refused)
     assert served.ask({"inputs": "a", "parameters": {"steps": 1}})[0] == 200, "the queue is empty again"
+
+
+def test_whatever_keeps_the_model_from_loading_ends_the_server():
+    failures = []
+
+    def fail():
+        raise RuntimeError("no space left")
+
+    async def opened():
+        service = Service(fail, failures.append)
+        await service.open()
+        return service.handler
+
+    assert asyncio.run(opened()) is None and str(failures[0]) == "no space left"
 
 
 def test_a_server_without_its_filter_ends_with_a_message(tiny_base, adapter, tmp_path):

@@ -111,7 +111,7 @@ class PromptFilter:
         self.passes = _any_of(map(_english, terms.pop("passes")["en"]))
         self.alone = {category: _words(found) for category, found in terms.items()}
         self.together = [Together(pair["category"], _words(pair["one"]), _words(pair["with"])) for pair in pairs]
-        own = [normalised(term).replace("#", "") for term in more if term.strip()]
+        own = [normalised(term).replace("#", "") for term in more if any(map(str.isalnum, term))]
         chinese = [term for term in own if re.search("[\u2e80-\u9fff]", term)]
         self.alone["other"] = Words([term for term in own if term not in chinese], map(_unspaced, chinese))
 

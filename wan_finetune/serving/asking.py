@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from ..errors import InputError
 from ..sampling import SamplingSettings
 from ..settings import Settings
-from .settings import Limits, ServingSettings, explain
+from .settings import Limits, ServingSettings, explain, shortened
 
 MOST_SEED = 2**32 - 1
 FROM_DEFAULTS = (
@@ -28,7 +28,7 @@ class GenerationRequest(Settings):
     width: int = 832
     height: int = 480
     num_frames: int = 81
-    fps: float = Field(16.0, gt=0, le=120)
+    fps: float = Field(16.0, ge=1, le=120)
     steps: int = 40
     guidance_scale: float = 4.0
     guidance_scale_2: float = 3.0
@@ -87,7 +87,7 @@ def check_limits(request: GenerationRequest, limits: Limits) -> None:
     for name, limit in most.items():
         # Written so that a value that is no number is refused.
         if not (value := getattr(request, name)) <= limit:
-            raise InputError(f"{name} is {value:g}, and at most {limit:g} is served")
+            raise InputError(f"{name} is {shortened(value)}, and at most {limit:g} is served")
     if request.width * request.height > limits.pixels:
         raise InputError(
             f"{request.width}x{request.height} is {request.width * request.height} pixels, and at most "

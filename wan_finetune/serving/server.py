@@ -50,7 +50,7 @@ class Fault(Exception):
 class Service:
     """A handler that is opened in the background, and the queue before it."""
 
-    def __init__(self, open_handler: "Callable[[], Handler]", on_failure: Callable[[InputError], None]) -> None:
+    def __init__(self, open_handler: "Callable[[], Handler]", on_failure: Callable[[Exception], None]) -> None:
         self.open_handler = open_handler
         self.on_failure = on_failure
         self.handler: Handler | None = None
@@ -61,7 +61,8 @@ class Service:
         """Open the handler; until then every request is answered with 503."""
         try:
             self.handler = await in_thread(self.open_handler)
-        except InputError as error:
+        except Exception as error:
+            # Whatever it is, a server that never gets ready must not look as if it were about to.
             self.on_failure(error)
 
     async def answer(self, request: "Request") -> dict[str, Any]:
@@ -191,9 +192,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from .endpoint.handler import EndpointHandler
 
-    failures: list[InputError] = []
+    failures: list[Exception] = []
 
-    def stop(error: InputError) -> None:
+    def stop(error: Exception) -> None:
         failures.append(error)
         server.should_exit = True
 
@@ -209,9 +210,12 @@ def main(argv: list[str] | None = None) -> int:
         )
     )
     server.run()
-    for error in failures:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    return 2 if failures else 0
+    if not failures:
+        return 0
+    if not isinstance(failures[0], InputError):
+        raise failures[0]
+    print(f"error: {failures[0]}", file=sys.stderr, flush=True)
+    return 2
 
 
 def make_parser() -> argparse.ArgumentParser:
