@@ -21,7 +21,7 @@ from wan_finetune.safety import FRAME_SWITCH, FrameFilter, Refused, SafetySettin
 from wan_finetune.sampling import Request, SamplingSettings, sample
 from wan_finetune.serving.asking import parse_request
 from wan_finetune.serving.files import SDK_VERSION, endpoint_files, space_files
-from wan_finetune.serving.generator import Generator, as_mp4, open_generator
+from wan_finetune.serving.generator import Generator, as_mp4, open_generator, with_facts
 from wan_finetune.serving.settings import ServingSettings, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,6 +190,22 @@ def test_nothing_is_served_without_the_filter_base_or_adapter(settings, classifi
     for key, name in (("base", "WAN_FINETUNE_BASE"), ("adapter", "WAN_FINETUNE_ADAPTER")):
         with pytest.raises(InputError, match=f"no {key} is named.*{name}"):
             open_generator(settings.model_copy(update={key: ""}), {FRAME_SWITCH: str(classifier)})
+
+
+def test_the_adapters_own_facts_stand_in_for_what_the_settings_leave_out():
+    facts = {"base": "a/b", "base_revision": "c0ffee", "trigger": "acme", "resolution": "640x368", "frames": "33"}
+    facts["fps"] = "24.0"
+    found = with_facts(ServingSettings(base="a/b"), facts)
+    sampling = found.sampling
+    assert (sampling.width, sampling.height, sampling.num_frames, sampling.fps) == (640, 368, 33, 24.0)
+    assert (found.trigger, found.revision, sampling.steps) == ("acme", "c0ffee", SamplingSettings().steps)
+    table = {"base": "c/d", "trigger": "", "sampling": {"width": 320, "fps": 8, "steps": 5}}
+    found = with_facts(ServingSettings.model_validate(table), facts)
+    sampling = found.sampling
+    assert (sampling.width, sampling.height, sampling.num_frames, sampling.fps) == (320, 480, 33, 8.0)
+    assert (found.trigger, found.revision, sampling.steps) == ("", None, 5)
+    for odd in ({"resolution": "4096x4096"}, {"frames": "4"}, {"resolution": "x"}, {"fps": "fast"}, {}):
+        assert with_facts(ServingSettings(trigger=""), odd) == ServingSettings(trigger="")
 
 
 def test_settings_come_from_the_file_and_the_environment(tmp_path):

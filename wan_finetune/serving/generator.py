@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from diffusers import WanPipeline
 from numpy.typing import NDArray
-from safetensors import safe_open
+from pydantic import ValidationError
 
 from ..captions import compose
 from ..errors import InputError
 from ..experts import EXPERTS
-from ..formats.files import about_of
-from ..pipeline import ADAPTER_NAME, fetch_adapters, load_pipeline
+from ..pipeline import ADAPTER_NAME, fetch_adapters, load_pipeline, read_adapters
 from ..safety import FrameFilter, PromptFilter, open_frame_filter, open_prompt_filter
-from ..sampling import Request, sample, versions
+from ..sampling import Request, SamplingSettings, sample, versions
 from ..video import write_video
 from .asking import GenerationRequest, parse_request, sampling_of
 from .settings import ENVIRONMENT, ServingSettings
@@ -136,32 +135,38 @@ def open_generator(settings: ServingSettings, environment: Mapping[str, str]) ->
     folder = Path(settings.adapter)
     if not folder.is_dir():
         folder = fetch_adapters(settings.adapter)
-    settings = with_facts(settings, adapter_facts(folder))
+    # Read for what it says of itself, and so that a damaged one is told of before the base is fetched.
+    facts = read_adapters(folder)[0].about
+    settings = with_facts(settings, facts)
     shift = settings.sampling.shift if "shift" in settings.sampling.model_fields_set else None
-    pipe = load_pipeline(settings.base, folder, shift=shift)
+    pipe = load_pipeline(settings.base, folder, shift=shift, revision=settings.revision)
     return Generator(pipe, settings, prompt_filter, frame_filter)
 
 
-def adapter_facts(folder: Path) -> dict[str, str]:
-    """What the adapter's files say of themselves, without their weights."""
-    for expert in EXPERTS.values():
-        path = folder / expert.file_name
-        if path.is_file():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    return about_of(path, dict(file.metadata() or {}))
-            except (OSError, ValueError, RuntimeError):
-                break  # `load_pipeline` reads it next, and says what is wrong with it.
-    return {}
-
-
 def with_facts(settings: ServingSettings, facts: Mapping[str, str]) -> ServingSettings:
-    """Settings with the adapter's own trigger and frame rate where they name none."""
+    """Settings with what the adapter's files say, where the settings say nothing.
+
+    That is its trigger, the size, length and rate of the clips that it was trained on, and the commit of its base.
+    """
     changes: dict[str, Any] = {}
     if settings.trigger is None:
         changes["trigger"] = facts.get("trigger", "")
-    if "fps" in facts and "fps" not in settings.sampling.model_fields_set:
-        changes["sampling"] = settings.sampling.model_copy(update={"fps": float(facts["fps"])})
+    if settings.revision is None and facts.get("base") == settings.base:
+        changes["revision"] = facts.get("base_revision")
+    width, _, height = facts.get("resolution", "").partition("x")
+    trained = {"width": width, "height": height, "num_frames": facts.get("frames"), "fps": facts.get("fps")}
+    said = settings.sampling.model_fields_set
+    if said & {"width", "height"}:
+        trained |= {"width": None, "height": None}
+    added = {key: value for key, value in trained.items() if value and key not in said}
+    if added:
+        sampling = {**settings.sampling.model_dump(include=said), **added}
+        try:
+            changes["sampling"] = SamplingSettings.model_validate(sampling)
+            parse_request({"prompt": "a"}, settings.model_copy(update=changes))
+        except (ValidationError, InputError):
+            # Trained on what cannot be asked for here, such as clips beyond the limits.
+            changes.pop("sampling", None)
     return settings.model_copy(update=changes)
 
 

@@ -41,6 +41,8 @@ class ServingSettings(Settings):
 
     base: str = ""
     """`pocket`, a diffusers folder, or a repository of the Hub."""
+    revision: str | None = None
+    """Commit of a base from the Hub. Left out: the one that the adapter was trained on, where its files say it."""
     adapter: str = ""
     """Folder or Hub repository of the experts' two files. Left out: the folder that is served."""
     trigger: str | None = None
@@ -53,7 +55,7 @@ class ServingSettings(Settings):
     lang: Language = "en"
     """Of the Space's labels."""
     sampling: SamplingSettings = SamplingSettings()
-    """What a request that leaves it out gets. Shift and fps left out: those that the adapter was trained with."""
+    """What a request that leaves it out gets. Size, frames, fps and shift left out: those of the adapter's training."""
     limits: Limits = Limits()
     safety: SafetySettings = SafetySettings()
 
