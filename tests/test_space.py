@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -152,13 +153,21 @@ def test_a_browser_makes_clips_and_sees_what_is_refused(space, here, chromium, t
 
 def test_the_space_answers_requests_at_once_as_it_would_one_by_one(space, here):
     address, _, _ = space
-    wanted = [["A red circle.", "", 3, 64, 64, 9, 4, 1.0, strength, True] for strength in (0.5, 1.5)]
+    strengths = (0.5, 1.5)
+    wanted = [["A red circle.", "", 3, 64, 64, 9, 2, 1.0, strength, True] for strength in strengths]
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda values: called(address, *values), [wanted[i % 2] for i in range(4)]))
-    for index, (video, base, status) in enumerate(answers):
-        strength = (0.5, 1.5)[index % 2]
-        alone = here.generate({"prompt": "A red circle.", "seed": 3, "strength_low": strength, "compare": True})
-        assert (video, base) == (alone.video, alone.base_video) and f"{strength:g}" in status
+        answers = list(pool.map(lambda values: called(address, *values), wanted * 2))
+    asked = {"prompt": "A red circle.", "seed": 3, "steps": 2, "compare": True}
+    alone = [here.generate({**asked, "strength_low": strength}) for strength in strengths] * 2
+    for (video, base, status), made, strength in zip(answers, alone, strengths * 2, strict=True):
+        assert (video, base) == (made.video, made.base_video) and f"{strength:g}" in status
+    assert len({video for video, _, _ in answers}) == 2
+    body, kind = json.dumps({"data": wanted[0]}).encode(), {"content-type": "application/json"}
+    past_the_queue = urllib.request.Request(f"{address}/gradio_api/run/generate", body, kind)
+    with pytest.raises(urllib.error.HTTPError) as error, urllib.request.urlopen(past_the_queue, timeout=60):
+        pass
+    error.value.close()
+    assert error.value.code == 404
     assert called(address, "a nude woman", "", 3, 64, 64, 9, 4, 1.0, 1.0, False)[:2] == (None, None)
     assert "multiple of 16" in called(address, "a", "", 3, 65, 64, 9, 4, 1.0, 1.0, False)[2]
 
@@ -290,7 +299,7 @@ def test_every_label_is_there_in_both_languages():
 def test_only_a_space_listens_to_others_and_nothing_is_shared(pages):
     assert pages["home"] == {"server_name": "127.0.0.1", "share": False, "ssr_mode": False}
     assert pages["space"] == {"server_name": "0.0.0.0", "share": False, "ssr_mode": False}
-    assert pages["queue"] == {"max_size": 16, "default_concurrency_limit": 1}
+    assert pages["queue"] == {"max_size": 16, "default_concurrency_limit": 1, "api_open": False}
 
 
 def test_zerogpu_reserves_by_size_and_gets_plain_answers(monkeypatch):

@@ -41,7 +41,9 @@ def main() -> int:
     """Open what is served and listen until stopped; 2 for settings that cannot be served."""
     # ZeroGPU's package has to come before anything that touches CUDA.
     on_gpu = gpu_decorator()
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    # Nothing is sent to gradio's makers, and prompts are not kept in browsers that others may use next.
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY"):
+        os.environ.setdefault(name, "False")
     quiet_imports()
     from wan_finetune.quiet import quiet_libraries
     from wan_finetune.serving.generator import open_generator
@@ -56,10 +58,12 @@ def main() -> int:
     demo = build(generator, on_gpu(attempting(generator)))
     import gradio
 
-    demo.queue(max_size=QUEUE_LENGTH, default_concurrency_limit=1).launch(
+    # With `api_open`, a program's requests would pass by the queue.
+    demo.queue(max_size=QUEUE_LENGTH, default_concurrency_limit=1, api_open=False).launch(
         server_name="0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1",
         share=False,
         ssr_mode=False,
+        enable_monitoring=False,
         footer_links=["api"],
         # Themes fetch their fonts from elsewhere unless these are the system's.
         theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
