@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from wan_finetune.captions import compose, settle
 from wan_finetune.video import VideoInfo
 
 from .buckets import Bucket, choose_bucket
-from .captions import compose, settle, variants
+from .captions import variants
 from .config import DataConfig, SourceConfig
 from .framing import Box, crop_box, lost_area
 from .inspection import Inspected, Inspector

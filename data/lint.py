@@ -10,10 +10,9 @@ from typing import Literal
 
 import ftfy.badness
 
-from wan_finetune.captions import clean_caption
+from wan_finetune.captions import clean_caption, count_trigger, settle
 from wan_finetune.spec import TEXT_TOKENS
 
-from .captions import count_trigger, settle
 from .style_words import COMMON_CHINESE, COMMON_CHINESE_WORDS, COMMON_ENGLISH, find_style_words
 
 SHARE_EVERYWHERE = 0.9

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.captions import compose, count_tokens, count_trigger, settle, shuffle_tags, variants
-from wan_finetune.captions import clean_caption
+from data.captions import count_tokens, shuffle_tags, variants
+from wan_finetune.captions import clean_caption, compose, count_trigger, settle
 
 PREFIX, SUFFIX = "{trigger}, {caption}", "{caption}, {trigger}"
 PRODUCT = "{trigger}, product film. {caption}"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.captions import compose
 from data.lint import LintInput, lint
+from wan_finetune.captions import compose
 from wan_finetune.pocket import world
 
 PREFIX, SUFFIX = "{trigger}, {caption}", "{caption}, {trigger}"

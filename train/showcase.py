@@ -9,10 +9,10 @@ import numpy as np
 from diffusers import WanPipeline
 
 from data.batches import TrainingData
-from data.captions import compose
 from data.inspection import Inspector
 from data.samples import Sample
 from data.viewing import window_frames
+from wan_finetune.captions import compose
 from wan_finetune.evaluation.compare import Comparison, compare, load_judge
 from wan_finetune.evaluation.report import Curve, Panel, Report, write_report
 from wan_finetune.pipeline import load_pipeline
