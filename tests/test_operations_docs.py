@@ -16,7 +16,8 @@ from wan_finetune.operations.dense import EXACT_SIDE, POWER_ITERATIONS
 from wan_finetune.operations.methods import METHODS
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "operations.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
+LINES = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
+COMMANDS = [line for line in LINES if "--format merged" not in line]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +48,10 @@ def test_the_page_has_an_example_of_every_command():
     assert {shlex.split(command)[1] for command in COMMANDS} == {"merge", "extract", "resize", "scale"}
 
 
-def test_the_python_example_runs(place, monkeypatch, capsys):
+def test_the_merged_model_opens_as_a_pipeline(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    exec(block, {})
+    (line,) = set(LINES) - set(COMMANDS)
+    assert main(shlex.split(line)[1:]) == 0
     assert "ember-wan" in capsys.readouterr().out
     WanPipeline.from_pretrained(place / "ember-wan")
 

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from ..formats import FORMAT_NAMES
+from .merged import add_merged_options, export_merged
 
+MERGED = "merged"
+"""No format of adapters: the base's full weights with them in."""
 EXPERT_HELP = "of a file that does not say whose it is"
 ALPHA_HELP = "of a file that says none, such as one of VideoX-Fun's; left out, it is taken as the rank"
 
@@ -19,9 +22,10 @@ def add_to(commands: Any) -> None:
     pairing.set_defaults(command=pair_command)
     exporting = commands.add_parser("export", help="write adapters in another format")
     exporting.add_argument("source", type=Path, help="adapter file or folder of any format, or a repository of the Hub")
-    exporting.add_argument("--format", choices=FORMAT_NAMES, required=True)
+    exporting.add_argument("--format", choices=[*FORMAT_NAMES, MERGED], required=True)
     exporting.add_argument("--out", type=Path, required=True, help="folder for the new files")
     add_reading_options(exporting)
+    add_merged_options(exporting)
     exporting.set_defaults(command=export_command)
     inspecting = commands.add_parser("inspect", help="say what adapter files are, and whether they are sane")
     inspecting.add_argument("file", type=Path, help="a file, an adapter folder, or a run's folder")
@@ -67,6 +71,9 @@ def export_command(arguments: argparse.Namespace) -> None:
 
         source = fetch_adapters(str(source))
     adapters = read_all(source, arguments.expert, arguments.alpha)
+    if arguments.format == MERGED:
+        print("\n".join(export_merged(arguments, adapters)))
+        return
     file_format = FORMATS[arguments.format]
     for path in export(adapters, file_format, arguments.out):
         print(path)
