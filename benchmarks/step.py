@@ -2,10 +2,9 @@
 
 The bare step is what anybody would write on the same model: forward, backward, clip, fused AdamW, with batch, noise and
 noise level at hand. The trainer's step draws them, reads the batch from the cache, checks the result and records it.
-Operators are counted at the pocket model's depth and at A14B's, forty layers, there of little width; the one `tolist` of
-loss and norm, which waits for a GPU, is none. Processor time is taken in
-interleaved pairs, with bare against bare as the control. With a model that does next to nothing, what is left is the
-loop itself.
+Operators are counted at the pocket model's depth and, with little width, at A14B's forty layers; the one `tolist` of
+loss and norm, which waits for a GPU, is none. Processor time is taken in interleaved pairs, with bare against bare as
+the control. With a model that does next to nothing, what is left is the loop itself.
 """
 
 import argparse

@@ -2,13 +2,14 @@
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers import transformer_wan
+from torch import nn
 
 from tests.test_memory_models import CPU, Counting, assert_same, gradients, inputs, learn, load, with_lora, write_base
 from wan_finetune.adapters import inject_lora
@@ -28,7 +29,7 @@ class Stock:
 
     formula_holds = True
 
-    def __init__(self, model: WanTransformer3DModel) -> None:
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
         self.on = False
 
     def close(self) -> None: ...

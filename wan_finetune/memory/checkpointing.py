@@ -41,7 +41,7 @@ class Checkpointing:
         self.policy: Policy = settings.checkpointing
         self.offload = InputOffload(device)
         self.kept_attentions = 0
-        self.lean = Lean(model)
+        self.lean = Lean(model.blocks if settings.policies != {"none"} else [])
         model.enable_gradient_checkpointing(gradient_checkpointing_func=self.run)
 
     def use(self, bucket: str) -> None:

@@ -12,15 +12,13 @@ written here, it is left as it is.
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
+from torch.autograd.function import once_differentiable
 
 NAME = "wan_finetune_lean"
 
@@ -60,6 +58,7 @@ class Making(torch.autograd.Function):
         return remade.function(*inputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         leaves, value = ctx.remade.again(ctx.saved_tensors, needed)
@@ -79,6 +78,7 @@ class Down(torch.autograd.Function):
         return nn.functional.linear(x, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
@@ -102,6 +102,7 @@ class Gated(torch.autograd.Function):
         return (y * gate).add_(x).type_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (gate,) = ctx.saved_tensors
         to_y = (gradient * gate).to(ctx.dtype) if ctx.needs_input_grad[1] else None
@@ -117,13 +118,13 @@ def make(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 class Lean:
-    """The hooks of a model's blocks, from construction to `close`."""
+    """The hooks of some blocks, from construction to `close`."""
 
-    def __init__(self, model: "WanTransformer3DModel") -> None:
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
         self.on = False
         self.hooked: list[nn.Module] = []
         self.formula_holds = formula_holds()
-        for block in model.blocks:
+        for block in blocks:
             self.hook_block(block)
 
     def hook_block(self, block: nn.Module) -> None:
