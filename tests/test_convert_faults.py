@@ -85,10 +85,8 @@ def other_tokenizer(folder):
     """One whose end of a text has another number."""
     path = folder / "google" / "umt5-xxl" / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["model"]["vocab"][1], content["model"]["vocab"][3] = (
-        content["model"]["vocab"][3],
-        content["model"]["vocab"][1],
-    )
+    vocabulary = content["model"]["vocab"]
+    vocabulary[1], vocabulary[3] = vocabulary[3], vocabulary[1]
     path.write_text(json.dumps(content))
 
 

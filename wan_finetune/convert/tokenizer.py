@@ -44,9 +44,7 @@ def require_tokenizer(folder: Path) -> None:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise InputError(f"{folder}: the tokenizer does not load ({reason}); give --tokenizer FOLDER") from error
     if ids[-1:] != [END]:
-        raise InputError(
-            f"{folder}: is not UMT5's tokenizer: it does not end a text with </s>; give --tokenizer FOLDER"
-        )
+        raise InputError(f"{folder}: does not end a text as UMT5's tokenizer does; give --tokenizer FOLDER")
 
 
 def tokenizer_from_spiece(stored: Stored, num_rows: int) -> "T5Tokenizer":
