@@ -81,6 +81,15 @@ def index_elsewhere(folder):
     path.write_text(json.dumps(index))
 
 
+def other_tokenizer(folder):
+    """One whose end of a text has another number."""
+    path = folder / "google" / "umt5-xxl" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[1], vocabulary[3] = vocabulary[3], vocabulary[1]
+    path.write_text(json.dumps(content))
+
+
 def set_nan(weights):
     weights["blocks.0.ffn.2.weight"][3, 4] = torch.nan
 
@@ -93,6 +102,11 @@ FAULTS = {
     "no text encoder": (lambda f: (f / TEXT).unlink(), "holds no text encoder"),
     "no autoencoder": (lambda f: (f / VAE).unlink(), "holds no autoencoder"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "google"), "there is no tokenizer"),
+    "damaged tokenizer": (
+        lambda f: (f / "google/umt5-xxl/tokenizer.json").write_text('{"model": '),
+        "the tokenizer does not load",
+    ),
+    "another tokenizer": (other_tokenizer, "does not end a text as UMT5's tokenizer does"),
     "two text encoders": (lambda f: shutil.copy(f / TEXT, f / "models_t5_b.pth"), "more than one text encoder"),
     "empty shard": (lambda f: (f / FIRST).write_bytes(b""), "no safetensors file"),
     "shard short by a byte": (lambda f: truncate(f / FIRST, 1), "damaged: has"),
@@ -295,6 +309,19 @@ def test_a_file_that_was_not_fetched_is_named_where_its_kind_is_missing(original
         convert(ConvertSettings(checkpoint=tmp_path / "wan.safetensors", out=tmp_path / "out"))
 
 
+def test_a_sentencepiece_model_that_is_none_is_refused(tmp_path):
+    from wan_finetune.convert.tokenizer import tokenizer_from_spiece
+    from wan_finetune.convert.weights import Stored, collect
+
+    for content in (b"no model", b"", bytes(range(256))):
+        file = tmp_path / "text.safetensors"
+        save_file({"spiece_model": torch.tensor(list(content), dtype=torch.uint8), "shared.weight": ONE}, file)
+        stored = collect([file], extras=("spiece_model",)).extras["spiece_model"]
+        assert isinstance(stored, Stored)
+        with pytest.raises(InputError, match="is no sentencepiece model of UMT5; give the tokenizer by --tokenizer"):
+            tokenizer_from_spiece(stored, 300)
+
+
 class Payload:
     """A pickle that would run a command."""
 
@@ -354,6 +381,8 @@ def test_too_small_a_disk_is_said_before_the_first_byte(original, tmp_path, monk
     assert main(["convert", str(original), str(tmp_path / "out")]) == 2
     assert "0.1 GB are needed and 0.0 GB are free" in capsys.readouterr().err
     assert not list((tmp_path / "out.partial").rglob("*.safetensors"))
+    monkeypatch.undo()
+    assert main(["convert", str(original), str(tmp_path / "out"), "--dtype", "fp16", "--no-verify"]) == 0
 
 
 def test_a_components_folder_without_the_parts_is_refused(original, tmp_path):

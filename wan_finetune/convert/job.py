@@ -15,7 +15,7 @@ from .pipeline_files import model_index, part_config, scheduler_config
 from .planning import ConvertSettings, Plan, make_plan, require_space
 from .shards import index_of
 from .text_encoder import SPIECE
-from .tokenizer import tokenizer_from_spiece
+from .tokenizer import require_tokenizer, tokenizer_from_spiece
 from .verification import verify_autoencoder, verify_denoiser, verify_hashes, verify_text_encoder
 from .writing import copy_file, hash_file, write_json, write_shard
 
@@ -144,22 +144,6 @@ def verify_all(plan: Plan, journal: Journal, report: Report) -> None:
         arguments = (folder, part, plan.shards[part.folder], plan.dtypes[part.folder])
         report(f"{part.folder} is the checkpoint's, to {VERIFY[part.class_name](*arguments):.1g}")
     require_tokenizer(journal.folder / "tokenizer")
-
-
-def require_tokenizer(folder: Path) -> None:
-    """The tokenizer loads, and ends a text as UMT5 expects it.
-
-    Raises:
-        InputError: it does not.
-    """
-    from transformers import T5TokenizerFast
-
-    try:
-        ids = T5TokenizerFast.from_pretrained(folder, local_files_only=True)("a").input_ids
-    except Exception as error:
-        raise InputError(f"the tokenizer does not load ({str(error)[:200]}); give --tokenizer FOLDER") from error
-    if ids[-1:] != [1]:
-        raise InputError("the tokenizer is not UMT5's: it does not end a text with </s>; give --tokenizer FOLDER")
 
 
 def write_manifest(settings: ConvertSettings, plan: Plan, journal: Journal, report: Report, path: Path) -> str:

@@ -92,6 +92,9 @@ def read_journal(folder: Path, identity: dict[str, Any]) -> Journal:
         earlier, done = dict(kept["identity"]), {str(name): str(digest) for name, digest in kept["done"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: is damaged; remove {folder} and begin again") from None
+    if not done:
+        # Nothing would be mixed: a try that ended before its first file binds nobody to its settings.
+        return Journal(folder, identity, {})
     if differing := [key for key in identity if earlier.get(key) != identity[key]]:
         key = differing[0]
         raise InputError(

@@ -18,7 +18,7 @@ from .pipeline_files import flow_shift
 from .recognition import DIFFUSERS_PARTS, Denoiser, find_denoisers, find_rest
 from .shards import Shard, plan_shards
 from .text_encoder import SPIECE, is_text_encoder, text_encoder_part
-from .tokenizer import tokenizer_files
+from .tokenizer import MAIN_FILE, require_tokenizer, tokenizer_files, tokenizer_from_spiece
 from .weights import Weights, collect
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
@@ -134,6 +134,7 @@ def make_plan(settings: ConvertSettings) -> Plan:
         shift=settings.flow_shift or flow_shift(parts[: len(denoisers)]),
     )
     require_text_width(plan)
+    check_tokenizer(plan)
     return plan
 
 
@@ -202,6 +203,19 @@ def require_text_width(plan: Plan) -> None:
                 f"{source}: gives {config.get('d_model')} channels, the denoiser reads {wanted}; it is another "
                 "model's text encoder"
             )
+
+
+def check_tokenizer(plan: Plan) -> None:
+    """The tokenizer is one, which is better known now than when hours of writing are done.
+
+    Raises:
+        InputError: it is damaged, or another model's.
+    """
+    if plan.spiece is not None:
+        tokenizer_from_spiece(plan.spiece.weights.extras[SPIECE], plan.spiece.config["vocab_size"])
+    for name, path in plan.copies.items():
+        if name == f"tokenizer/{MAIN_FILE}":
+            require_tokenizer(path.parent)
 
 
 def planned_copies(

@@ -16,7 +16,7 @@ from .denoiser import is_denoiser
 from .parts import listed
 from .tensor_files import open_tensors, read_header
 from .text_encoder import is_text_encoder
-from .tokenizer import ONE_OF
+from .tokenizer import MAIN_FILE
 from .weights import PREFIXES
 
 EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
@@ -205,7 +205,7 @@ def find_rest(
         candidates = sorted(folder.glob(VAE_PTH))
         candidates = candidates or [file for file in comfyui_files(folder) if is_autoencoder(names_in(file))]
         vae = only(candidates, folder, "autoencoder", "--vae", f"{VAE_PTH} or wan_2.1_vae.safetensors")
-    if tokenizer is None and any((folder / TOKENIZER_FOLDER / name).is_file() for name in ONE_OF):
+    if tokenizer is None and (folder / TOKENIZER_FOLDER / MAIN_FILE).is_file():
         tokenizer = folder / TOKENIZER_FOLDER
     return text_encoder, vae, tokenizer
 

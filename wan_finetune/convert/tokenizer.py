@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from transformers import T5Tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model")
-ONE_OF = ("tokenizer.json", "spiece.model")
+MAIN_FILE = FILES[0]
 SENTINELS = 300
 """`<extra_id_N>` that google/umt5-xxl's tokenizer adds after its 256,000 pieces."""
 MAX_TOKENS = 512
+END = 1
+"""Of `</s>`."""
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -22,10 +24,27 @@ def tokenizer_files(folder: Path) -> list[Path]:
     Raises:
         InputError: when it holds no tokenizer.
     """
-    files = [folder / name for name in FILES if (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in ONE_OF):
-        raise InputError(f"{folder}: holds no tokenizer (neither {' nor '.join(ONE_OF)}); fetch google/umt5-xxl again")
-    return files
+    if not (folder / MAIN_FILE).is_file():
+        raise InputError(f"{folder}: holds no {MAIN_FILE}; fetch the files of google/umt5-xxl again")
+    return [folder / name for name in FILES if (folder / name).is_file()]
+
+
+def require_tokenizer(folder: Path) -> None:
+    """The tokenizer loads, and ends a text as UMT5 expects it.
+
+    Raises:
+        InputError: it does not.
+    """
+    from transformers import T5TokenizerFast
+
+    try:
+        ids = T5TokenizerFast.from_pretrained(folder, local_files_only=True)("a").input_ids
+    except Exception as error:
+        # Whatever a damaged file makes the library raise.
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise InputError(f"{folder}: the tokenizer does not load ({reason}); give --tokenizer FOLDER") from error
+    if ids[-1:] != [END]:
+        raise InputError(f"{folder}: does not end a text as UMT5's tokenizer does; give --tokenizer FOLDER")
 
 
 def tokenizer_from_spiece(stored: Stored, num_rows: int) -> "T5Tokenizer":
@@ -38,7 +57,13 @@ def tokenizer_from_spiece(stored: Stored, num_rows: int) -> "T5Tokenizer":
     Raises:
         InputError: bytes that are no such model.
     """
-    from google.protobuf.message import DecodeError
+    try:
+        from google.protobuf.message import DecodeError
+    except ImportError:
+        raise InputError(
+            f"{stored.where}: is read by protobuf, which is not installed; pip install protobuf, or give "
+            "--tokenizer FOLDER"
+        ) from None
     from transformers import T5Tokenizer
     from transformers.convert_slow_tokenizer import import_protobuf
 
