@@ -159,6 +159,12 @@ def test_a_text_with_a_path_a_hosts_name_or_the_token_in_it_is_not_pushed(artefa
         require_no_leak({**files, "README.md": f"trained on {leak}".encode()}, "hf_token0123")
 
 
+def test_a_container_that_works_in_its_root_may_push(artefacts, monkeypatch):
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", "/")
+    require_no_leak(repository_files(artefacts, make_card(artefacts, repo="acme/look")))
+
+
 def test_faulty_folders_are_told_before_anything_goes(run, tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         read_artefacts(tmp_path / "nowhere")

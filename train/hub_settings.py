@@ -18,11 +18,13 @@ class HubSettings(Settings):
     """`user/repo`; made where there is none."""
     private: bool = True
     """Whether nobody else may see it. A repository that is public already takes nothing unless this is false."""
+    base: str = ""
+    """The base model's repository as the card names it; left out: `model.base`, of a local folder its last name."""
     language: Literal["en", "zh"] = "en"
     """Of the card."""
     license: str = Field("apache-2.0", pattern=r"[a-z0-9][a-z0-9.-]*")
     """Of the adapter, as the Hub names licences."""
-    wait_seconds: float = Field(120.0, ge=0, le=7200)
+    wait_seconds: float = Field(120.0, ge=1, le=7200)
     """How long the finished run waits for its push; then the push is ended and the command is told."""
 
     @field_validator("repo")

@@ -132,8 +132,10 @@ class Publisher:
     def arguments(self, folder: Path) -> list[str]:
         """Of `wan-finetune`."""
         settings = self.settings
-        options = [*(["--public"] if not settings.private else []), "--lang", settings.language]
-        return ["push", str(folder), settings.repo, *options, "--license", settings.license]
+        options = ["--lang", settings.language, "--license", settings.license]
+        options += ["--public"] if not settings.private else []
+        options += ["--base", settings.base] if settings.base else []
+        return ["push", str(folder), settings.repo, *options]
 
     def finish(self) -> None:
         """Push the whole run, wait for it as long as `wait_seconds` says, and say what came of it."""
@@ -194,9 +196,8 @@ def write_card(config: "Config") -> Path:
         for path in (clip.adapter, clip.base)
         if path is not None
     }
-    card = make_card(
-        artefacts, base=config.model.public_name, language=config.hub.language, license=config.hub.license, clips=clips
-    )
+    base = config.hub.base or config.model.public_name
+    card = make_card(artefacts, base=base, language=config.hub.language, license=config.hub.license, clips=clips)
     path = folder / "adapter" / "README.md"
     partial = path.with_name(".README.md.partial")
     partial.write_text(card, encoding="utf-8")

@@ -1,9 +1,9 @@
 """Limits on Xet, which sends large files past our client, with tries and waits of its own.
 
-Its own settings do not bound it: told to make 4 tries within 60 s, hf_xet 1.8 took 78 s over a storage that answers 500,
-133 s over a closed port, and was not done with a silent one after 280 s. So it has one try, within a time that grows with
-the size; after that the files go the older way, which huggingface_hub takes for open files, and in which every byte is
-seen.
+Its own settings do not bound it: told to make 4 tries within 60 s, hf_xet 1.8 took 78 s over a storage that answers
+500, 133 s over a closed port, and was not done with a silent one after 280 s. So it has one try, within a time that
+grows with the size; after that the files go the older way, which huggingface_hub takes for open files, and in which
+every byte is seen.
 """
 
 import os

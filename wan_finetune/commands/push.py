@@ -24,6 +24,7 @@ def add_to(commands: Any) -> None:
     pushing.add_argument("--lang", choices=["en", "zh"], default="en", help="language of the card")
     pushing.add_argument("--license", default="apache-2.0", help="of the adapter, as the Hub names licences")
     pushing.add_argument("--base", help="the base model's repository, where the adapter does not name it")
+    pushing.add_argument("--keep-card", action="store_true", help="leave the card that the repository has")
     pushing.add_argument("--branch", help="instead of main; made where there is none")
     pushing.add_argument("--message", default=MESSAGE, help="of the commit")
     pushing.add_argument("--space", action="store_true", help="also a Gradio demo, as a Space of its own")
@@ -86,7 +87,10 @@ def model_files(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[s
     card = make_card(
         artefacts, repo=arguments.repo, base=arguments.base, language=arguments.lang, license=arguments.license
     )
-    return repository_files(artefacts, card)
+    files = repository_files(artefacts, card)
+    if arguments.keep_card:
+        del files["README.md"]
+    return files
 
 
 def endpoint(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[str, Path | bytes]:
@@ -134,7 +138,8 @@ def megabytes(files: dict[str, Path | bytes]) -> str:
 
 def again(arguments: argparse.Namespace) -> str:
     """The command line that does the same."""
-    options = [f"--{name}" for name in ("public", "space", "endpoint") if getattr(arguments, name)]
+    flags = ("public", "space", "endpoint", "keep_card")
+    options = [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name)]
     usual = {
         "lang": "en",
         "license": "apache-2.0",
