@@ -55,7 +55,7 @@ def test_sample_writes_clips_and_how_they_were_made(tiny_base, adapter_folder, t
     [
         (["--size", "64x30"], "height: Input should be a multiple of 16, got '30'"),
         (["--frames", "6"], "num_frames: Value error, num_frames must be 4n+1"),
-        (["--adapter", "nowhere"], "adapter 'nowhere' is neither a folder here nor a repository"),
+        (["--adapter", "nowhere"], "adapter 'nowhere' is neither a path here nor a repository"),
         (["--guidance", "1", "2", "3"], "--guidance takes one number, or two"),
     ],
 )

@@ -150,7 +150,7 @@ def test_a_source_that_is_nowhere_is_told_of(tmp_path, capsys):
         assert main(["inspect", str(tmp_path / source)]) == 2
         assert source in capsys.readouterr().err
     assert main(["export", str(tmp_path / "absent"), "--format", "peft", "--out", str(tmp_path / "out")]) == 2
-    assert "neither a folder here nor a repository" in capsys.readouterr().err
+    assert "neither a path here nor a repository" in capsys.readouterr().err
 
 
 def test_a_runs_folder_and_a_file_for_both_experts_show_all_that_they_hold(tmp_path, capsys):

@@ -9,7 +9,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
 from .errors import InputError
 from .experts import EXPERTS, LOW, base_folder, boundary_ratio
-from .formats.reading import read_file
+from .formats import peft
+from .formats.reading import FORMATS, read_all
 
 if TYPE_CHECKING:
     from .adapters import Adapter
@@ -34,8 +35,8 @@ def load_pipeline(
 
     Args:
         base: `pocket`, a diffusers folder, or a repository of the Hub.
-        adapter: a folder or a Hub repository with `high_noise.safetensors`, `low_noise.safetensors` or both; for a base
-            with one denoiser, with `pytorch_lora_weights.safetensors`.
+        adapter: a file, an adapter folder, a run's folder, or a Hub repository with `high_noise.safetensors`,
+            `low_noise.safetensors` or both; for a base with one denoiser, with `pytorch_lora_weights.safetensors`.
         strength: of the adapters; one number, or (high, low). A base with one denoiser takes the first.
         shift: flow shift of the UniPC sampler. Left out: the one the adapter was previewed with, else the base's own.
         dtype: of the denoisers and the text encoder; bf16 on a GPU and fp32 on a CPU when left out. The autoencoder
@@ -89,27 +90,27 @@ def set_shift(pipe: WanPipeline, shift: float | None) -> None:
 
 
 def read_adapters(source: str | Path) -> "list[Adapter]":
-    """The adapters in a folder or Hub repository, at least one, of any format that is read here."""
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = fetch_adapters(str(source))
-    found = [e for e in EXPERTS.values() if (folder / e.file_name).is_file()]
-    if not found:
-        names = " nor ".join(e.file_name for e in EXPERTS.values())
-        raise InputError(f"{folder}: has neither {names}; an adapter folder holds the first two or one of them")
-    return [read_file(folder / e.file_name, e.name) for e in found]
+    """The adapters of a file, an adapter folder, a run's folder or a Hub repository, in any format read here."""
+    return read_all(adapter_source(source))
 
 
-def fetch_adapters(repository: str) -> Path:
-    """Bring an adapter repository's files into the local cache."""
+def adapter_source(source: str | Path) -> Path:
+    """Where adapters lie on this machine: the path itself, or a Hub repository's files in the local cache.
+
+    Raises:
+        InputError: there is no such path, and no such repository that can be had.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    if Path(source).exists():
+        return Path(source)
+    names = [file_format.file_name(expert) for file_format in FORMATS.values() for expert in EXPERTS.values()]
     try:
-        return Path(snapshot_download(repository, allow_patterns=[e.file_name for e in EXPERTS.values()]))
+        return Path(snapshot_download(str(source), allow_patterns=[*names, peft.WEIGHTS, f"*{peft.CONFIG}"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"adapter {repository!r} is neither a folder here nor a repository that can be had "
+            f"adapter {str(source)!r} is neither a path here nor a repository that can be had "
             f"({type(error).__name__}); check the name and your login"
         ) from error
 

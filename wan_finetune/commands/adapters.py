@@ -63,14 +63,10 @@ def export_command(arguments: argparse.Namespace) -> None:
     """Write a source's adapters in a format."""
     from ..formats.exporting import export
     from ..formats.reading import FORMATS, read_all
+    from ..pipeline import adapter_source
 
     require_alpha(arguments.alpha)
-    source = arguments.source
-    if not source.exists():
-        from ..pipeline import fetch_adapters
-
-        source = fetch_adapters(str(source))
-    adapters = read_all(source, arguments.expert, arguments.alpha)
+    adapters = read_all(adapter_source(arguments.source), arguments.expert, arguments.alpha)
     if arguments.format == MERGED:
         print("\n".join(export_merged(arguments, adapters)))
         return

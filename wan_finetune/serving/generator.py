@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from ..captions import compose
 from ..errors import InputError
 from ..experts import EXPERTS
-from ..pipeline import ADAPTER_NAME, fetch_adapters, load_pipeline, read_adapters
+from ..pipeline import ADAPTER_NAME, adapter_source, load_pipeline, read_adapters
 from ..safety import FrameFilter, PromptFilter, open_frame_filter, open_prompt_filter
 from ..sampling import Request, SamplingSettings, sample, versions
 from ..video import write_video
@@ -132,9 +132,7 @@ def open_generator(settings: ServingSettings, environment: Mapping[str, str]) ->
     for key in ("base", "adapter"):
         if not getattr(settings, key):
             raise InputError(f"no {key} is named; put {key!r} into settings.json, or set {ENVIRONMENT[key]}")
-    folder = Path(settings.adapter)
-    if not folder.is_dir():
-        folder = fetch_adapters(settings.adapter)
+    folder = adapter_source(settings.adapter)
     # Read for what it says of itself, and so that a damaged one is told of before the base is fetched.
     facts = read_adapters(folder)[0].about
     settings = with_facts(settings, facts)
