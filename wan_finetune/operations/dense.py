@@ -16,7 +16,7 @@ POWER_ITERATIONS = 6
 def best_of_rank(matrix: Tensor, rank: int, seed: int) -> Factors:
     """The product of at most this rank that is nearest to a matrix [out, in], fp32.
 
-    A large matrix is searched at random, with power iterations: exact when its rank is `rank` or lower, else within a
+    A large matrix is searched at random, with power iterations: exact when its rank is `rank` or lower, else within about a
     thousandth of the best. Directions that hold nothing but rounding are left out.
 
     Args:
