@@ -170,6 +170,8 @@ def test_what_was_interrupted_goes_on_with_the_shards_that_were_ready(sharded, t
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=room))
     with pytest.raises(InputError, match="are free; give a folder on another disk"):
         write_merged(sharded, pair(2), tmp_path / "other")
+    with pytest.raises(InputError, match="are free; give a folder on another disk"):
+        write_merged(sharded, pair(), tmp_path / "out", link=False)
     write_merged(sharded, pair(), tmp_path / "out")
     assert len(written) == len(set(written)), "no shard was written twice"
     assert all((tmp_path / "out" / p.parent.name / p.name).stat().st_mtime_ns == t for p, t in ready.items())
