@@ -170,6 +170,8 @@ def test_what_was_interrupted_goes_on_with_the_shards_that_were_ready(sharded, t
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=room))
     with pytest.raises(InputError, match="are free; give a folder on another disk"):
         write_merged(sharded, pair(2), tmp_path / "other")
+    with pytest.raises(InputError, match="are free; give a folder on another disk"):
+        write_merged(sharded, pair(), tmp_path / "out", link=False)
     write_merged(sharded, pair(), tmp_path / "out")
     assert len(written) == len(set(written)), "no shard was written twice"
     assert all((tmp_path / "out" / p.parent.name / p.name).stat().st_mtime_ns == t for p, t in ready.items())
@@ -319,6 +321,8 @@ M_MMAP_THRESHOLD = -3
 
 def merge_memory(folder: Path) -> None:
     """Print what a merge takes at its peak beside what was there before, and the largest shard, in bytes."""
+    # Tensors of a real base are large enough that freed ones go back to the system at once; so must these.
+    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
     base = folder / "base"
     names = [f"blocks.{block}.attn1.to_{part}" for block in range(SHARDS) for part in "qkv"]
     weight_map = {}
@@ -335,8 +339,6 @@ def merge_memory(folder: Path) -> None:
     halves = {"A": torch.ones(4, SIDE), "B": torch.ones(SIDE, 4)}
     weights = {f"{name}.lora_{half}.weight": value for name in names for half, value in halves.items()}
     adapter = Adapter(expert="single", rank=4, alpha=4.0, targets=tuple(names), weights=weights)
-    # Tensors of a real base are large enough that freed ones go back to the system at once; so must these.
-    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_bytes(os.getpid())
     write_merged(base, [adapter], folder / "out", dtype=torch.float32)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from ..adapters import Adapter
 from ..errors import InputError
 from ..experts import EXPERTS, HIGH, LOW, SINGLE, Expert, ExpertName, boundary_ratio, fingerprint
-from ..weight_files import StoredWeights, read_json, stored_weights
+from ..weight_files import read_json, stored_weights
 from .merged_denoiser import require_fits, without_paths, write_denoiser, write_json, written_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -79,7 +79,10 @@ def write_merged(
         require_fits(adapter, stored[adapter.expert])
     partial = out.with_name(f".{out.name}.partial")
     start(partial, out, job_of(base, adapters, dtype, of))
-    require_room(partial, out, list(stored.values()), dtype)
+    needed = sum(written_bytes(name, head, dtype) for each in stored.values() for name, head in each.heads.items())
+    if not link or base.stat().st_dev != partial.stat().st_dev:
+        needed += sum(file.stat().st_size for file in rest_of(base, {expert.component for expert in experts}))
+    require_room(partial, out, needed)
     try:
         for expert in experts:
             target = partial / expert.component
@@ -148,15 +151,16 @@ def start(partial: Path, out: Path, job: dict[str, Any]) -> None:
     write_json(partial / JOB, job)
 
 
-def require_room(partial: Path, out: Path, stored: Sequence[StoredWeights], dtype: torch.dtype) -> None:
-    """Whether the disk holds the denoisers.
+def require_room(partial: Path, out: Path, size_bytes: int) -> None:
+    """Whether the disk holds what is not there yet of this size.
 
     Raises:
         InputError: saying how much is needed and how much there is.
     """
-    needed = SPARE_BYTES + sum(written_bytes(name, head, dtype) for each in stored for name, head in each.heads.items())
-    ready = sum(file.stat().st_size for file in partial.rglob("*.safetensors"))
-    needed -= ready
+    # A linked file takes no room, and is not part of the size.
+    files = [file.stat() for file in partial.rglob("*") if file.is_file() and file.name != JOB]
+    ready = sum(file.st_size for file in files if file.st_nlink == 1)
+    needed = size_bytes + SPARE_BYTES - ready
     if (free := shutil.disk_usage(partial).free) < needed:
         if not ready:
             shutil.rmtree(partial)
@@ -165,19 +169,24 @@ def require_room(partial: Path, out: Path, stored: Sequence[StoredWeights], dtyp
         )
 
 
+def rest_of(base: Path, done: set[str]) -> list[Path]:
+    """Files of the components that are not merged."""
+    components = sorted(set(components_of(base)) - done)
+    return [path for component in components for path in sorted((base / component).rglob("*")) if path.is_file()]
+
+
 def copy_rest(base: Path, partial: Path, done: set[str], *, link: bool) -> None:
     """Link or copy the components that were not merged; configurations lose what may be a path."""
-    for component in sorted(set(components_of(base)) - done):
-        for file in sorted(path for path in (base / component).rglob("*") if path.is_file()):
-            target = partial / file.relative_to(base)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.is_file():
-                continue
-            config = read_json(file) if file.name.endswith("config.json") else {}
-            if without_paths(config) != config:
-                write_json(target, without_paths(config))
-            else:
-                put(file.resolve(), target, link=link)
+    for file in rest_of(base, done):
+        target = partial / file.relative_to(base)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_file():
+            continue
+        config = read_json(file) if file.name.endswith("config.json") else {}
+        if without_paths(config) != config:
+            write_json(target, without_paths(config))
+        else:
+            put(file.resolve(), target, link=link)
     for file in (path for pattern in ("LICENSE*", "NOTICE*") for path in base.glob(pattern) if path.is_file()):
         put(file.resolve(), partial / file.name, link=False)
     write_json(partial / "model_index.json", without_paths(read_json(base / "model_index.json")))
@@ -201,7 +210,7 @@ def follow_shift(folder: Path, adapters: Sequence[Adapter]) -> list[str]:
     recorded = next((a.about["sampling_shift"] for a in adapters if "sampling_shift" in a.about), None)
     if recorded is None:
         return []
-    config = read_json(folder / SCHEDULER)
+    config = read_json(folder / SCHEDULER) if (folder / SCHEDULER).is_file() else {}
     if "flow_shift" not in config:
         return [f"warning: the adapter was previewed with a flow shift of {recorded}; this base's sampler has none"]
     if config["flow_shift"] == float(recorded):

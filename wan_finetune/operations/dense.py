@@ -6,18 +6,18 @@ from torch import Tensor
 from .factors import Factors
 
 EXACT_SIDE = 1024
-"""Matrices with a shorter side than this get the full decomposition, in seconds at the most."""
+"""Matrices whose shorter side is up to this get the full decomposition, in seconds at the most."""
 OVERSAMPLING = 16
 """Directions that are looked for beside the wanted ones (Halko, Martinsson and Tropp 2011, section 4.3)."""
 POWER_ITERATIONS = 6
-"""Each raises the ratio of the singular values to its third power, so that a slow decay is told apart."""
+"""q of them tell singular values apart as if their ratios were raised to the power 2q + 1 (the same, section 4.5)."""
 
 
 def best_of_rank(matrix: Tensor, rank: int, seed: int) -> Factors:
     """The product of at most this rank that is nearest to a matrix [out, in], fp32.
 
-    A large matrix is searched at random, with power iterations: exact when its rank is `rank` or lower, else within a
-    thousandth of the best. Directions that hold nothing but rounding are left out.
+    A large matrix is searched at random, with power iterations: exact when its rank is `rank` or lower, else within
+    about a thousandth of the best. Directions that hold nothing but rounding are left out.
 
     Args:
         seed: of the search, so that equal matrices give equal bytes.

@@ -123,12 +123,12 @@ def extract_expert(
             found = left_out[re.sub(r"\.\d+\.", ".*.", name)]
             found.tensors += 1
             found.values += difference.numel()
-            found.difference += float(difference.norm()) ** 2
-            found.size += float(old.norm()) ** 2
+            found.difference += square(difference)
+            found.size += square(old)
             continue
         module = name.removesuffix(".weight")
         product = as_written(best_of_rank(difference, rank, seed_at(0, expert.name, "extract", module)))
-        whole, lost = float(difference.norm()) ** 2, distance(product, difference) ** 2
+        whole, lost = square(difference), distance(product, difference) ** 2
         products[module], energies[module] = product, max(0.0, 1 - lost / whole)
         squares["all"] += whole
         squares["lost"] += lost
@@ -136,6 +136,11 @@ def extract_expert(
         return Extracted(expert, None, left_out=dict(left_out))
     adapter = adapter_of(expert.name, products, targets_of(before.heads, products), about)
     return Extracted(expert, adapter, energies, max(0.0, 1 - squares["lost"] / squares["all"]), dict(left_out))
+
+
+def square(tensor: Tensor) -> float:
+    """Sum of a tensor's squares; in float64, where no difference is too small to have one."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 def differences(before: StoredWeights, after: StoredWeights) -> Iterator[tuple[str, Tensor, Tensor]]:
