@@ -90,6 +90,11 @@ def other_tokenizer(folder):
     path.write_text(json.dumps(content))
 
 
+def drop_block(weights):
+    for name in [name for name in weights if name.startswith("blocks.0.")]:
+        del weights[name]
+
+
 def set_nan(weights):
     weights["blocks.0.ffn.2.weight"][3, 4] = torch.nan
 
@@ -155,6 +160,23 @@ FAULTS = {
         "is not a plain dictionary of tensors",
     ),
     "list in .pth": (lambda f: torch.save([torch.ones(1)], f / VAE), "is not a plain dictionary of tensors"),
+    "offsets of text": (
+        lambda f: claim(f / FIRST, {"a": {"dtype": "F32", "shape": [16], "data_offsets": ["0", {}]}}),
+        "unknown kind of entry",
+    ),
+    "nested table": (
+        lambda f: (f / FIRST).write_bytes(struct.pack("<Q", 200_000) + b"[" * 200_000),
+        "its table is no JSON",
+    ),
+    "a block of the text encoder": (
+        lambda f: change_pth(f / TEXT, lambda w: w.update({"blocks.4000000000.norm1.weight": torch.ones(32)})),
+        "block 2 of 4000000001 is missing",
+    ),
+    "a block of an expert": (
+        lambda f: [change(f / name, drop_block) for name in (FIRST, FIRST.replace("00001", "00002", 1))],
+        "does not hold blocks.0.",
+    ),
+    "heads in words": (lambda f: config_says(f, num_heads="two"), "num_heads is 'two', which is no such number"),
     "config of another": (lambda f: config_says(f, dim=32), "dim is 32, the weights beside it show 24"),
     "heads": (lambda f: config_says(f, num_heads=5), "cannot be shared by 5 heads"),
     "i2v by config": (lambda f: config_says(f, model_type="i2v"), "model_type is 'i2v'"),
@@ -208,6 +230,8 @@ KINDS = {
     "is an autoencoder": tiny_autoencoder(),
     "is no Wan denoiser ('double_blocks.0.weight'": {"double_blocks.0.weight": ONE},
     "24 channels are no multiple of 128": tiny_denoiser(1),
+    "block 1 of 8 is missing": wide(**{"blocks.7.modulation": ONE}),
+    "is no whole denoiser": wide() | {"head.head.weight": torch.tensor(1.0)},
 }
 
 
@@ -233,6 +257,7 @@ def described(**said):
 LAYER = "blocks.0.ffn.0"
 FP8 = torch.zeros(8, 128, dtype=torch.float8_e4m3fn)
 QUANTISED = {
+    "scale one weight": {f"{LAYER}.weight_scale": ONE, f"{LAYER}.scale_weight": ONE + 1},
     "is quantised as nvfp4": {f"{LAYER}.comfy_quant": described(format="nvfp4")},
     "is quantised as float8_e4m3fn, convrot": {f"{LAYER}.comfy_quant": described(format="float8_e4m3fn", convrot=True)},
     "says in an unknown way": {f"{LAYER}.comfy_quant": torch.tensor([123], dtype=torch.uint8)},
