@@ -23,6 +23,12 @@ def tiny_denoiser(seed):
     return random_weights(denoiser_shapes(**TINY), seed)
 
 
+def wide(channels=16, dim=128, **more):
+    """One block and one head of 128, as a single file shows it; more weights by name."""
+    sizes = {"dim": dim, "ffn_dim": 8, "num_layers": 1, "text_dim": 32, "freq_dim": 16}
+    return random_weights(denoiser_shapes(**sizes, channels=channels), 1) | more
+
+
 def tiny_text_encoder():
     return random_weights(text_encoder_shapes(**TINY_TEXT), 3)
 

@@ -10,7 +10,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 from tests.original_checkpoints import tiny_autoencoder, tiny_text_encoder, write_a14b
 from tests.original_wan import denoiser_shapes, random_weights
-from tests.test_convert import typed_name
+from tests.test_convert_names import typed_name
 from wan_finetune.cli import main
 from wan_finetune.convert import tensor_files
 from wan_finetune.convert.job import convert

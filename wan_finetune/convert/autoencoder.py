@@ -23,7 +23,7 @@ def autoencoder_part(weights: Weights) -> Part:
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     source = weights.files[0]
-    channels = weights.shape("conv2.weight")[0] if "conv2.weight" in weights.tensors else None
+    channels, *_ = (*(weights.shape("conv2.weight") if "conv2.weight" in weights.tensors else ()), 0)
     if channels != LATENT_CHANNELS:
         hint = "; it is TI2V-5B's, from Wan2.2_VAE.pth" if channels == 48 else ""
         raise InputError(f"{source}: has {channels} latent channels{hint}. T2V-A14B and Wan2.1 need Wan2.1_VAE.pth")

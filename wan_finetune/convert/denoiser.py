@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def kind_refused(weights: Weights) -> str | None:
     for start, kind in FOREIGN_KEYS.items():
         if any(name.startswith(start) for name in weights.tensors):
             return kind
-    width, channels = weights.shape("patch_embedding.weight")[:2]
+    width, channels, *_ = (*weights.shape("patch_embedding.weight"), 0, 0)
     if channels == 48 and width == 3072:
         return "TI2V-5B, which has another autoencoder (48 latent channels) and sees a picture"
     if channels == 36:
@@ -108,7 +109,7 @@ def config_of(weights: Weights, source: Path, num_heads: int | None, eps: float)
     heads = num_heads or width // HEAD_DIM
     if width % heads:
         raise InputError(f"{source}: {width} channels cannot be shared by {heads} heads, as config.json says")
-    blocks = {int(found[1]) for name in weights.tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
+    num_layers = count_blocks(weights.tensors, r"blocks\.(\d+)\.", source)
     return {
         "patch_size": patch,
         "num_attention_heads": heads,
@@ -118,7 +119,7 @@ def config_of(weights: Weights, source: Path, num_heads: int | None, eps: float)
         "text_dim": text_dim,
         "freq_dim": freq_dim,
         "ffn_dim": ffn_dim,
-        "num_layers": max(blocks) + 1,
+        "num_layers": num_layers,
         "cross_attn_norm": "blocks.0.norm3.weight" in weights.tensors,
         "qk_norm": "rms_norm_across_heads",
         "eps": eps,
@@ -129,6 +130,18 @@ def config_of(weights: Weights, source: Path, num_heads: int | None, eps: float)
     }
 
 
+def count_blocks(names: Iterable[str], pattern: str, source: Path) -> int:
+    """How many blocks there are, by the numbers in their names.
+
+    Raises:
+        InputError: one is missing, or a number is far beyond the others.
+    """
+    numbers = {int(found[1]) for name in names if (found := re.match(pattern, name))}
+    if missing := set(range(len(numbers))) - numbers:
+        raise InputError(f"{source}: block {min(missing)} of {max(numbers) + 1} is missing; fetch the rest")
+    return len(numbers)
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The original `config.json`."""
     try:
@@ -137,6 +150,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is no readable JSON ({error})") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: is no JSON object")
+    for key, kind in (("num_heads", int), ("eps", float)):
+        value = config.get(key, kind(1))
+        if type(value) is not kind or not value > 0:
+            raise InputError(f"{path}: {key} is {value!r}, which is no such number")
     return config
 
 

@@ -148,7 +148,8 @@ def expert_in_name(file: Path) -> str | None:
 
 def comfyui_files(folder: Path) -> list[Path]:
     """Safetensors files of a folder, and of those that ComfyUI has below it."""
-    return [file for name in COMFYUI_FOLDERS for file in sorted((folder / name).glob("*.safetensors"))]
+    found = (file for name in COMFYUI_FOLDERS for file in sorted((folder / name).glob("*.safetensors")))
+    return [file for file in found if file.is_file()]
 
 
 def unreadable(folder: Path) -> str:

@@ -145,7 +145,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             raise InputError(f"{path}: no safetensors file: its table is missing, cut or oversized; fetch it again")
         try:
             header = json.loads(stream.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"{path}: no safetensors file: its table is no JSON; fetch it again") from None
     if not isinstance(header, dict):
         raise InputError(f"{path}: no safetensors file: its table is no object")
@@ -158,10 +158,11 @@ def facts_of(path: Path, name: str, entry: Any) -> TensorFacts:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         shape = tuple(int(length) for length in shape)
         facts = TensorFacts(SAFETENSORS_DTYPES[dtype], shape, int(begin))
+        num_bytes = int(end) - int(begin)
     except (TypeError, ValueError, KeyError):
         raise InputError(f"{path}: {name} has an unknown kind of entry ({str(entry)[:80]})") from None
-    if min(shape, default=0) < 0 or end - begin != facts.num_bytes:
-        raise InputError(f"{path}: damaged: {name} has {end - begin} bytes, its shape asks {facts.num_bytes}")
+    if min(shape, default=0) < 0 or num_bytes != facts.num_bytes:
+        raise InputError(f"{path}: damaged: {name} has {num_bytes} bytes, its shape asks {facts.num_bytes}")
     return facts
 
 

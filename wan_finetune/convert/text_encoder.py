@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from ..errors import InputError
+from .denoiser import count_blocks
 from .parts import Part, meta_shapes, require_exact
 from .weights import Weights
 
@@ -84,13 +85,13 @@ def config_of(weights: Weights, names: dict[str, str]) -> dict[str, Any]:
         raise InputError(
             f"{weights.files[0]}: is no whole UMT5 encoder: {error} is missing or has an odd shape"
         ) from None
-    layers = {int(found[1]) for name in names.values() if (found := re.match(r"encoder\.block\.(\d+)\.", name))}
+    num_layers = count_blocks(names.values(), r"encoder\.block\.(\d+)\.", weights.files[0])
     return {
         "vocab_size": vocabulary,
         "d_model": width,
         "d_kv": inner // heads,
         "d_ff": ffn_dim,
-        "num_layers": max(layers) + 1,
+        "num_layers": num_layers,
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu",

@@ -114,9 +114,10 @@ def collect(paths: Iterable[Path], extras: tuple[str, ...] = ()) -> Weights:
         file = open_tensors(path)
         files.append(path)
         prefix = prefix_of(file)
-        scales = {
-            name[: -len(suffix)]: name for name in file.tensors for suffix in SCALE_SUFFIXES if name.endswith(suffix)
-        }
+        scales: dict[str, str] = {}
+        for key in file.tensors:
+            if key.endswith(SCALE_SUFFIXES) and scales.setdefault(key.rpartition(".")[0], key) != key:
+                raise InputError(f"{path}: {key} and {scales[key.rpartition('.')[0]]} scale one weight")
         scaled = (
             check_formats(file) or bool(scales) or any(name.removeprefix(prefix) == MARKER for name in file.tensors)
         )
