@@ -98,10 +98,7 @@ def test_every_example_of_the_page_runs(at_home, hub, serving, capsys):
         "adapter_repo": "acme/look",
         "trigger": "ember style",
         "title": "ember style",
-        "examples": [
-            "ember style, a red circle moves up in a desert.",
-            "ember style, 草地上，一个蓝色的正方形向左移动。",
-        ],
+        "examples": ["a red circle moves up in a desert.", "草地上，一个蓝色的正方形向左移动。"],
         "lang": "en",
     }
     said = capsys.readouterr()

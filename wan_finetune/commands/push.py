@@ -113,7 +113,8 @@ def demo_files(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[st
             adapter_repo=arguments.repo,
             trigger=trigger,
             title=trigger or arguments.repo.split("/")[1],
-            examples=list(dict.fromkeys(clip.prompt for clip in artefacts.clips)),
+            # The Space puts the trigger before every prompt itself.
+            examples=list(dict.fromkeys(clip.prompt.removeprefix(trigger).lstrip(" ,，") for clip in artefacts.clips)),
             lang=arguments.lang,
         )
     )
