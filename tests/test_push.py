@@ -102,6 +102,7 @@ def test_every_example_of_the_page_runs(at_home, hub, serving, capsys):
         "lang": "en",
     }
     said = capsys.readouterr()
+    assert "as a secret in its settings" in said.out
     sent = b"".join(hub.bodies) + b"".join(hub.objects.values())
     for secret in (TOKEN, SECRET_PLACE, str(at_home)):
         assert secret not in said.out + said.err and secret.encode() not in sent
