@@ -98,13 +98,11 @@ def test_every_example_of_the_page_runs(at_home, hub, serving, capsys):
         "adapter_repo": "acme/look",
         "trigger": "ember style",
         "title": "ember style",
-        "examples": [
-            "ember style, a red circle moves up in a desert.",
-            "ember style, 草地上，一个蓝色的正方形向左移动。",
-        ],
+        "examples": ["a red circle moves up in a desert.", "草地上，一个蓝色的正方形向左移动。"],
         "lang": "en",
     }
     said = capsys.readouterr()
+    assert "as a secret in its settings" in said.out
     sent = b"".join(hub.bodies) + b"".join(hub.objects.values())
     for secret in (TOKEN, SECRET_PLACE, str(at_home)):
         assert secret not in said.out + said.err and secret.encode() not in sent

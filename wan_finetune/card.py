@@ -12,9 +12,10 @@ from .card_texts import TEXTS, Language, Texts
 from .errors import InputError
 from .experts import EXPERTS, HIGH, SINGLE
 from .hub_files import Artefacts, Clip
+from .spec import NUM_TRAIN_TIMESTEPS
 
-BOUNDARY = 875
-"""Wan2.2's: t from which the high-noise expert is called."""
+BOUNDARY = 0.875
+"""The noise level from which the high-noise expert is called, of an adapter that does not say it: Wan2.2-T2V-A14B's."""
 LICENSE = "apache-2.0"
 """Of an adapter unless another is named: that of Wan's models."""
 
@@ -99,7 +100,8 @@ def head(artefacts: Artefacts, repo: str | None, base: str, text: Texts) -> Iter
     yield "# " + fill(text.title, name=one_line(name), base=short(base))
     experts = [EXPERTS[name] for name in artefacts.experts]
     if len(experts) == 2:
-        yield fill(text.what_two, base=base, boundary=str(BOUNDARY))
+        boundary = NUM_TRAIN_TIMESTEPS * float(artefacts.about.get("boundary", BOUNDARY))
+        yield fill(text.what_two, base=base, boundary=f"{boundary:g}")
     else:
         what = text.what_single if experts[0] == SINGLE else text.what_one_of_two
         yield fill(what, base=base, file=experts[0].file_name, component=experts[0].component)
@@ -232,7 +234,7 @@ def facts(artefacts: Artefacts, text: Texts) -> dict[str, str]:
         "optimizer": ", ".join(str(optimizer[key]) for key in ("name", "schedule") if key in optimizer),
         "batch": "" if "batch_tokens" in train or not batch else str(batch),
         "precision": str(tables.get("model", {}).get("dtype", "")),
-        "buckets": ", ".join(map(str, data.get("buckets", ()))),
+        "buckets": ", ".join(map(str, data.get("buckets", ()))) or about.get("resolution", ""),
         "training_shift": about.get("training_shift", ""),
         "fps": about.get("fps", ""),
         "seed": str(tables.get("run", {}).get("seed", "")),

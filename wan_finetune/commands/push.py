@@ -65,6 +65,10 @@ def push_command(arguments: argparse.Namespace) -> None:
             done = push(target, files, message=arguments.message, is_ours=ours, tell=tell)
             what = "" if done.is_new else "nothing has changed there: "
             print(f"{what}{done.url} ({'private' if done.is_private else 'public'})", flush=True)
+            if target.kind == "space" and not arguments.public:
+                print(
+                    "it loads a private adapter: give it HF_TOKEN, a token that may read, as a secret in its settings"
+                )
             if arguments.public and done.is_private:
                 print("it was private before and stays so; its settings on the Hub change that")
     except (PushError, KeyboardInterrupt) as error:
@@ -113,7 +117,8 @@ def demo_files(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[st
             adapter_repo=arguments.repo,
             trigger=trigger,
             title=trigger or arguments.repo.split("/")[1],
-            examples=list(dict.fromkeys(clip.prompt for clip in artefacts.clips)),
+            # The Space puts the trigger before every prompt itself.
+            examples=list(dict.fromkeys(clip.prompt.removeprefix(trigger).lstrip(" ,，") for clip in artefacts.clips)),
             lang=arguments.lang,
         )
     )
