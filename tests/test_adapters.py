@@ -64,6 +64,14 @@ def test_a14b_has_400_linears_an_expert_in_attention_and_feed_forward():
     assert not {id(p) for p in pair[HIGH].parameters()} & {id(p) for p in pair[LOW].parameters()}
 
 
+@pytest.mark.parametrize("alpha", [-4.0, 0.0, float("inf"), float("nan")])
+def test_an_alpha_that_no_loader_stands_is_refused(tiny_base, alpha):
+    adapter = trained(tiny_base, HIGH)
+    for odd in (replace(adapter, alpha=alpha), replace(adapter, alphas={"blocks.0.attn1.to_q": alpha})):
+        with pytest.raises(InputError, match=r"alpha is .*, and only a number above 0"):
+            odd.check("it")
+
+
 def test_injection_is_a_function_of_seed_and_expert(tiny_base):
     def start(expert, seed):
         model = load_expert(tiny_base, expert, torch.float32)

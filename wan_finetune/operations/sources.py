@@ -10,7 +10,7 @@ from pathlib import Path
 from ..adapters import Adapter
 from ..errors import InputError
 from ..experts import EXPERTS, ExpertName
-from ..formats.reading import read_expert, read_file
+from ..formats.reading import read_all, read_expert
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,7 @@ def open_source(path: Path) -> Source:
     Raises:
         InputError: when there is none, or one that is damaged.
     """
-    if path.is_file():
-        adapter = read_file(path)
-        return Source(path, {adapter.expert: adapter})
-    if not path.is_dir():
-        raise InputError(f"{path}: no such adapter file or folder")
-    found = [e for e in EXPERTS.values() if any((f / e.file_name).is_file() for f in (path, path / "adapter"))]
-    if not found:
-        raise InputError(f"{path}: has no {' or '.join(e.file_name for e in EXPERTS.values())}; name the file itself")
-    return Source(path, {expert.name: read_expert(path, expert.name) for expert in found})
+    return Source(path, {adapter.expert: adapter for adapter in read_all(path)})
 
 
 def require_free(out: Path) -> None:
