@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tests.original_checkpoints import tiny_autoencoder, tiny_denoiser, tiny_text_encoder, wide
@@ -11,6 +13,7 @@ from wan_finetune.convert import planning
 from wan_finetune.convert.job import convert
 from wan_finetune.convert.planning import ConvertSettings
 from wan_finetune.convert.recognition import expert_in_name
+from wan_finetune.convert.tensor_files import open_tensors, read_whole
 from wan_finetune.convert.tokenizer import tokenizer_from_spiece
 from wan_finetune.convert.weights import collect
 from wan_finetune.errors import InputError
@@ -81,6 +84,26 @@ def test_quantisation_that_is_not_understood_is_refused(tmp_path, message):
     with pytest.raises(InputError) as caught:
         planning.one_denoiser(planning.Denoiser((settings.checkpoint,)), "transformer")
     assert message in str(caught.value)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
+@settings(max_examples=300)
+def test_a_table_with_any_bytes_changed_is_read_or_refused(tmp_path_factory, changes):
+    """No other exception, and never more than the file holds."""
+    file = tmp_path_factory.getbasetemp() / "mutated.safetensors"
+    save_file({"a": torch.ones(3, 4), "bb": torch.ones(5, dtype=torch.float16)}, file, metadata={"format": "pt"})
+    content = bytearray(file.read_bytes())
+    for place, value in changes:
+        content[place % (len(content) - 58)] = value
+    file.write_bytes(content)
+    try:
+        opened = open_tensors(file)
+    except InputError as error:
+        assert str(error).startswith(str(file))
+    else:
+        for name, facts in opened.tensors.items():
+            assert read_whole(opened, name).shape == facts.shape
+        assert sum(facts.num_bytes for facts in opened.tensors.values()) <= len(content)
 
 
 def test_gguf_is_refused_with_what_to_use_instead(tmp_path, capsys):
