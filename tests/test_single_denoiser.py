@@ -25,16 +25,8 @@ def test_one_denoiser_is_trained_over_all_noise_levels_and_its_adapter_loads_in_
     config = make_config(*ONE, f"model.base='{single_base}'", "validation.levels=8")
     run(config, StopRequest())
     folder = config.run_folder
-<<<<<<< .merge_file_fUZCgO
     written = {path.name for path in (folder / "adapter").iterdir()}
     assert written == {"pytorch_lora_weights.safetensors", "comfyui", "README.md"}
-=======
-    assert {path.name for path in (folder / "adapter").iterdir()} == {
-        "README.md",
-        "pytorch_lora_weights.safetensors",
-        "comfyui",
-    }
->>>>>>> .merge_file_jBOdSS
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(line["expert"], line["step"]) for line in lines] == [("single", step) for step in (1, 2, 3, 4)]
     validation = json.loads((folder / "validation.jsonl").read_text().splitlines()[0])
