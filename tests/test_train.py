@@ -160,6 +160,7 @@ def test_the_whole_job_from_clips_to_report_and_a_second_call_that_costs_nothing
     for name in ("config.toml", "metrics.jsonl", "report.html", "data_report.jsonl", "evaluation.json"):
         assert (folder / name).stat().st_size > 0, name
     assert {p.name for p in (folder / "adapter").iterdir()} == {
+        "README.md",
         "high_noise.safetensors",
         "low_noise.safetensors",
         "comfyui",
@@ -169,7 +170,7 @@ def test_the_whole_job_from_clips_to_report_and_a_second_call_that_costs_nothing
     assert len((folder / "data_report.jsonl").read_text().splitlines()) == 24
     # What is resolved is complete: the run can be repeated from it alone.
     assert load_settings(Config, folder / "config.toml", []) == config
-    for file in [*folder.glob("adapter/**/*.safetensors"), folder / "report.html"]:
+    for file in [*folder.glob("adapter/**/*.*"), folder / "report.html"]:
         assert str(folder.parent).encode() not in file.read_bytes(), f"{file.name} holds a local path"
     capsys.readouterr()
     run(config, StopRequest())
