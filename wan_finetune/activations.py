@@ -167,6 +167,8 @@ def norms_backward(
         freed += (ranks["ffn.net.2"] > 0) * sizes.wide
     # The gradients of the stream and the queries wait; a norm's backward makes six fp32 tensors, and its value again.
     queries = 3 * sizes.stream + (6 if precision.autocast else 5) * sizes.normed - freed
+    # So does that of the text's values; that of its keys has taken the place of what their norm kept.
+    queries += text * size * (ranks["attn2.to_v"] > 0)
     if not ranks["attn2.to_k"]:
         return queries, 0
     keys = 2 * sizes.stream + 3 * text * size + (6 if precision.autocast else 5) * text * FP32_BYTES - freed
