@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wan_finetune.adapters import Adapter
+from wan_finetune.addressing import torch_rng
 from wan_finetune.formats.names import DIFFUSERS_TO_FASTVIDEO, DIFFUSERS_TO_ORIGINAL
 from wan_finetune.spec import LORA_TARGETS
 
@@ -21,9 +22,9 @@ def sizes(target: str) -> tuple[int, int]:
 
 def make_weights(ranks: dict[str, int], *, dora: bool = False, seed: int = 0) -> dict[str, Tensor]:
     """Random weights of these modules: module -> rank."""
-    generator = torch.Generator().manual_seed(seed)
     weights = {}
     for module, rank in ranks.items():
+        generator = torch_rng(seed, module)
         inputs, outputs = sizes(module.split(".", 2)[2])
         weights[f"{module}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator)
         weights[f"{module}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * 0.1
@@ -33,13 +34,19 @@ def make_weights(ranks: dict[str, int], *, dora: bool = False, seed: int = 0) ->
 
 
 def make_adapter(
-    expert: str = "high", targets: Iterable[str] = LORA_TARGETS, *, blocks: int = BLOCKS, rank: int = 4, **changes: Any
+    expert: str = "high",
+    targets: Iterable[str] = LORA_TARGETS,
+    *,
+    blocks: int = BLOCKS,
+    rank: int = 4,
+    seed: int = 0,
+    **changes: Any,
 ) -> Adapter:
     """An adapter of the tiny model with alpha other than the rank."""
     targets = tuple(targets)
     ranks = {f"blocks.{block}.{target}": rank for block in range(blocks) for target in targets}
     ranks |= changes.get("ranks", {})
-    weights = make_weights(ranks, dora=changes.get("dora", False))
+    weights = make_weights(ranks, dora=changes.get("dora", False), seed=seed)
     if blocks != BLOCKS:
         # An end of a name would reach every block of the model.
         targets = tuple(sorted(ranks))

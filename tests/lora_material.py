@@ -1,6 +1,6 @@
 """Adapters with random weights, without a model: as after some training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,40 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests import adapter_material
 from wan_finetune.adapters import Adapter
-from wan_finetune.addressing import torch_rng
+from wan_finetune.addressing import seed_at
 from wan_finetune.experts import EXPERTS, ExpertName
 from wan_finetune.formats import diffusers as diffusers_format
 from wan_finetune.spec import LORA_TARGETS
-
-TINY = 24
-"""Width of the tiny base; its feed-forward is 32 wide, and it has two blocks."""
-
-
-def sizes(module: str) -> tuple[int, int]:
-    """Inputs and outputs of a module of the tiny base."""
-    return {"ffn.net.0.proj": (TINY, 32), "ffn.net.2": (32, TINY)}.get(module.split(".", 2)[2], (TINY, TINY))
 
 
 def make_adapter(
     expert: ExpertName, seed: int = 0, *, rank: int = 4, targets: Sequence[str] = LORA_TARGETS, **fields: Any
 ) -> Adapter:
     """An adapter of the tiny base; alpha is not the rank."""
-    weights: dict[str, Tensor] = {}
-    ranks: Mapping[str, int] = fields.get("ranks", {})
-    for block in range(2):
-        for target in targets:
-            module = f"blocks.{block}.{target}"
-            rng, (inputs, outputs), r = torch_rng(seed, expert, module), sizes(module), ranks.get(module, rank)
-            weights[f"{module}.lora_A.weight"] = torch.randn(r, inputs, generator=rng) * 0.2
-            weights[f"{module}.lora_B.weight"] = torch.randn(outputs, r, generator=rng) * 0.1
-            if fields.get("dora"):
-                weights[f"{module}.lora_magnitude_vector"] = 0.5 + torch.rand(outputs, generator=rng)
     about = fields.pop("about", {"base": "tiny", "trigger": f"look {seed}"})
-    return Adapter(
-        **{"expert": expert, "rank": rank, "alpha": 7.0, "targets": tuple(targets), "weights": weights, **fields},
-        about=about,
-    )
+    return adapter_material.make_adapter(expert, targets, rank=rank, seed=seed_at(seed, expert), about=about, **fields)
 
 
 def write(folder: Path, *adapters: Adapter) -> Path:
@@ -59,7 +39,7 @@ def write_pair(folder: Path, seed: int = 0, **fields: Any) -> Path:
 def delta(adapter: Adapter, module: str) -> Tensor:
     """What a plain LoRA adds to a weight, float64; zero where it has no such module."""
     if f"{module}.lora_A.weight" not in adapter.weights:
-        inputs, outputs = sizes(module)
+        inputs, outputs = adapter_material.sizes(module.split(".", 2)[2])
         return torch.zeros(outputs, inputs, dtype=torch.float64)
     a, b = (adapter.weights[f"{module}.lora_{half}.weight"].double() for half in "AB")
     rank = a.shape[0]

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
-from tests.lora_material import as_expert, delta, deltas, error_in, make_adapter, relative, sizes, write, write_pair
+from tests.adapter_material import sizes
+from tests.lora_material import as_expert, delta, deltas, error_in, make_adapter, relative, write, write_pair
 from wan_finetune.adapters import Adapter
 from wan_finetune.experts import HIGH, LOW
 from wan_finetune.export import probe_output, verify_adapter_folder
@@ -115,7 +116,7 @@ def peft_merge(adapters: list[Adapter], weights: list[float], **options) -> dict
             if not hasattr(parent, part):
                 parent.add_module(part, nn.Module())
             parent = getattr(parent, part)
-        parent.add_module(module.rpartition(".")[2], nn.Linear(*sizes(module), bias=False))
+        parent.add_module(module.rpartition(".")[2], nn.Linear(*sizes(module.split(".", 2)[2]), bias=False))
     names = [f"part{number}" for number in range(len(adapters))]
     wrapped = None
     for name, adapter in zip(names, adapters, strict=True):
@@ -165,6 +166,7 @@ def test_what_dare_drops_is_a_function_of_seed_expert_and_module(tmp_path):
 
     torch.manual_seed(5)
     first = merged("a", paths, 3, "high")
+    assert first.about["operation"] == "merge dare_ties of look 1 x 1 + look 2 x 1"
     torch.manual_seed(6)
     assert (tmp_path / "a" / HIGH.file_name).read_bytes() != b""
     again = merged("b", paths, 3, "high")

@@ -31,7 +31,7 @@ FACTS: dict[str, str] = {
     "configuration": HASH,
     "licence": r"[A-Za-z0-9][\w.+-]{0,63}",
     "toolkit": r"[\w.+-]{1,40} [\w.+-]{1,40}",
-    "operation": r"[A-Za-z0-9 .,:;+*=()-]{1,300}",
+    "operation": r"[A-Za-z0-9_ .,:;+*=()-]{1,300}",
 }
 """Fact -> what its value may look like. What is not here, or looks otherwise, is not written.
 
