@@ -26,7 +26,7 @@ EXACT = ("ddp", "fsdp2", "zero2")
 # The same global batch of four, in one process and in two. Each process of two has one micro-batch, so that the same
 # numbers are added in the same order.
 ONE = ("train.batch_size=2", "train.gradient_accumulation=2")
-TWO = ("train.batch_size=2", "train.gradient_accumulation=1")
+TWO = ("train.batch_size=2", "train.gradient_accumulation=1", "memory.checkpointing='full'")
 
 
 def launchers_variables(engine: str) -> dict[str, str]:

@@ -34,7 +34,7 @@ def check_installed(quantization: Quantization) -> None:
     package, extra = EXTRAS.get(quantization, (None, None))
     if package and find_spec(package) is None:
         raise InputError(
-            f'memory.quantization = "{quantization}" needs {package}: pip install "wan-finetune[{extra}]", '
+            f'memory.quantization = "{quantization}" needs {package}: pip install ".[{extra}]" in a checkout, '
             'or use "fp8", which needs nothing more'
         )
 

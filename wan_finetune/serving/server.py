@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import uvicorn
     except ImportError:
-        print("error: the server needs starlette and uvicorn; install wan-finetune[serve]", file=sys.stderr)
+        print("error: the server needs starlette and uvicorn; pip install starlette uvicorn", file=sys.stderr)
         return 2
     from .endpoint.handler import EndpointHandler
 
