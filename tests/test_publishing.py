@@ -73,8 +73,11 @@ def test_a_whole_job_pushes_after_rounds_and_at_the_end(make_config, hub, enviro
     assert child.wait() == 0, child.output
     repository, sent = hub.repositories["acme/look"], hub.files("acme/look")
     told = [commit["summary"] for commit in repository.commits]
-    assert told[-1] == "Adapter, card and samples" and len(told) in (1, 2)
-    assert "the Hub: left out" in child.output or told[0] == "Adapters as they stand (high step 2, low step 2)"
+    assert told[-1] == "Adapter, card and samples"
+    # The run is over in a second or two, which may be before its first push has sent anything.
+    ended = "the Hub: the push on the way is ended" in child.output
+    assert ended or told[0] == "Adapters as they stand (high step 2, low step 2)"
+    assert len(told) <= 2
     run = config.run_folder
     for name in ("high_noise.safetensors", "low_noise.safetensors"):
         assert sent[name] == (run / "adapter" / name).read_bytes()

@@ -141,6 +141,8 @@ class Publisher:
         """Push the whole run, wait for it as long as `wait_seconds` says, and say what came of it."""
         if not self.asked:
             return
+        if self.child is not None and self.child.poll() is None:
+            say("the Hub: the push on the way is ended, the finished run goes instead")
         self.end_child()
         command = shlex.join(["wan-finetune", *self.arguments(self.config.run_folder)])
         say(f"pushing to {self.settings.repo}, for {self.settings.wait_seconds:g} s at the most")
