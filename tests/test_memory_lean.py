@@ -50,6 +50,7 @@ def of_both(monkeypatch, make: Callable[[], WanTransformer3DModel], autocast: bo
     return found
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of an fp32 base's norms under autocast
 @pytest.mark.parametrize(
     ("kind", "dtype", "autocast", "policy"),
     [
@@ -57,6 +58,7 @@ def of_both(monkeypatch, make: Callable[[], WanTransformer3DModel], autocast: bo
         ("none", torch.bfloat16, True, "selective"),
         ("none", torch.bfloat16, True, "offloaded"),
         ("none", torch.float32, False, "full"),
+        ("none", torch.float32, True, "full"),
         ("fp8", torch.bfloat16, True, "full"),
         ("int8", torch.bfloat16, True, "full"),
         ("nf4", torch.bfloat16, True, "full"),
@@ -101,6 +103,62 @@ def test_a_block_without_a_norm_before_its_text_is_the_same_as_well(monkeypatch)
         return with_lora(WanTransformer3DModel(**sizes, cross_attn_norm=False).requires_grad_(False))
 
     assert_same(*of_both(monkeypatch, make, autocast=False))
+
+
+def test_an_input_that_is_changed_in_place_is_not_taken_for_what_would_be_made_again(base, monkeypatch):
+    def double(_: nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        arguments[0].mul_(2.0)
+
+    def make() -> WanTransformer3DModel:
+        model = with_lora(load(base), targets=("attn1.to_k", "attn1.to_v"))
+        model.blocks[1].attn1.to_k.register_forward_pre_hook(double)
+        return model
+
+    assert_same(*of_both(monkeypatch, make))
+
+
+def test_without_gradients_or_without_lora_blocks_compute_what_stock_ones_do(base, monkeypatch):
+    found = []
+    for blocks in (Stock, lean.Lean):
+        monkeypatch.setattr(checkpointing, "Lean", blocks)
+        model = with_lora(load(base))
+        Fitting(model, MemorySettings(), CPU, autocast=True)
+        before = gradients(model)  # hooks have been on
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                values = {"validated": model(**inputs())[0]}
+            model.disable_lora()
+            values["off"] = model(**inputs())[0].detach()
+            with torch.no_grad():
+                values["validated, off"] = model(**inputs())[0]
+            model.enable_lora()
+        assert_same(before, gradients(model))
+        assert not torch.equal(values["validated"], values["off"])
+        found.append(values)
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_pass_that_fails_midway_leaves_nothing_that_the_next_one_meets(base, where):
+    model = with_lora(load(base))
+    Fitting(model, MemorySettings(), CPU, autocast=True)
+    expected = gradients(model)
+    model.zero_grad()
+    calls = []
+
+    def fail(*_: object) -> None:
+        calls.append(torch.is_grad_enabled())
+        # A norm is called twice, and a third time with a graph, in the middle of the block's backward pass.
+        if len(calls) == (1 if where == "forward" else 3):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = model.blocks[1].norm3.register_forward_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        gradients(model)
+    assert len(calls) == (1 if where == "forward" else 3)
+    hook.remove()
+    model.zero_grad()
+    assert_same(expected, gradients(model))
 
 
 def test_no_matrix_product_and_no_attention_runs_again_for_it(base, monkeypatch):

@@ -113,7 +113,7 @@ def make(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """A function's value, remade in the backward pass; LoRAs that are given it find out how."""
     remade = Remade(function, inputs[0].device.type)
     value = Making.apply(remade, *inputs)
-    value.made_by = remade, inputs
+    value.made_by = remade, inputs, value._version
     return value
 
 
@@ -171,9 +171,10 @@ class DownHook(ModelHook):
 
     def new_forward(self, linear: nn.Linear, x: Tensor) -> Tensor:
         made_by = getattr(x, "made_by", None)
-        if made_by is None:
+        # What was changed in place since then is not what would be made again.
+        if made_by is None or x._version != made_by[2]:
             return self.fn_ref.original_forward(x)
-        remade, inputs = made_by
+        remade, inputs, _ = made_by
         # As autocast would, which has done it for x.
         return Down.apply(x, linear.weight.to(x.dtype), remade, *inputs)
 
