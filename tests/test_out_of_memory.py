@@ -93,6 +93,24 @@ def test_a_rehearsal_splits_before_the_first_step_and_moves_nothing(make_trainer
     assert rehearsed.take_step().loss == pytest.approx(plain.take_step().loss, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "where", ["wan_finetune.memory.residence.load_base", "train.parallel.Parallel.update", "train.job.validate"]
+)
+@pytest.mark.parametrize(
+    ("error", "told"), [(OUT_OF_MEMORY, "CUDA out of memory"), (MemoryError("12 GiB could not be locked"), "12 GiB")]
+)
+def test_memory_that_ends_where_no_batch_can_be_split_is_told_with_the_next_lever(
+    make_config, monkeypatch, where, error, told
+):
+    def no_room(*_, **__):
+        raise error
+
+    monkeypatch.setattr(where, no_room)
+    config = make_config("memory.checkpointing='full'")
+    with pytest.raises(InputError, match=rf'with the high expert.*{told}.*Next: memory.quantization = "int8"'):
+        train(config)
+
+
 def test_a_split_run_reaches_the_same_weights(make_config, monkeypatch):
     settings = ["train.batch_size=4", "high.steps=3", "train.experts=['high']"]
     whole = train(make_config("run.name='whole'", *settings))

@@ -1,8 +1,8 @@
 """The main job: data, training in rounds, previews, evaluation, export, report. Each part is run once and resumes."""
 
 import signal
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +11,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from data.batches import TrainingData
+from data.buckets import Bucket
 from wan_finetune.adapters import Adapter, as_adapter
+from wan_finetune.errors import InputError
 from wan_finetune.evaluation.compare import load_judge
 from wan_finetune.experts import EXPERTS, ExpertName, base_folder
 from wan_finetune.export import verify_adapter_folder, write_adapter_folder
 from wan_finetune.lora_start import require_start
+from wan_finetune.memory.levers import base_lever, is_out_of_memory
 from wan_finetune.quiet import quiet_libraries
 
 from . import showcase
@@ -125,16 +128,18 @@ def train_experts(
             continue
         if publisher:
             publisher.before_stretch(stretch, states)
-        trainer = ExpertTrainer(config, stretch.expert, state, base, data, accelerator, bases)
-        if accelerator.device.type == "cuda" and state.step == 0 and engine_name(accelerator) in ("single", "ddp"):
-            trainer.rehearse()
+        with telling_of_memory(config, stretch.expert, data):
+            trainer = ExpertTrainer(config, stretch.expert, state, base, data, accelerator, bases)
+            if accelerator.device.type == "cuda" and state.step == 0 and engine_name(accelerator) in ("single", "ddp"):
+                trainer.rehearse()
         # Together: one that a signal ends here would leave those that are already in a step waiting for it.
         accelerator.wait_for_everyone()
         with stop.deferred():
             following = next(
                 (later.expert for later in plan[number + 1 :] if states[later.expert].step < later.stop), None
             )
-            stopped = run_stretch(trainer, stretch, following, metrics, figures, validation, stop, save)
+            with telling_of_memory(config, stretch.expert, data):
+                stopped = run_stretch(trainer, stretch, following, metrics, figures, validation, stop, save)
             trainer.close()
             save()
             if stopped:
@@ -145,6 +150,26 @@ def train_experts(
         accelerator.wait_for_everyone()
     bases.close()
     return states
+
+
+@contextmanager
+def telling_of_memory(config: Config, expert: ExpertName, data: TrainingData) -> Iterator[None]:
+    """Memory that runs out where there is no batch to split, above all while the base is loaded: told as what it is.
+
+    Raises:
+        InputError: with the next thing to change.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        largest = max(set(data.samples.column("bucket")), key=lambda name: Bucket.parse(name).tokens)
+        said = next(iter(str(error).splitlines()), "")
+        raise InputError(
+            f"out of memory with the {expert} expert, outside of a batch that could be split ({said}). "
+            f"Next: {base_lever(config.memory, largest)}"
+        ) from error
 
 
 def run_stretch(

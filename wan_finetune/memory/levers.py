@@ -32,16 +32,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def next_lever(settings: MemorySettings, bucket: str, num_blocks: int = 40) -> str:
     """What to change when a bucket does not fit: `memory.KEY = VALUE: what it does`, the least costly lever first."""
-    if settings.resident == "both":
-        return 'memory.resident = "one": gives back the other expert; it is read again at each change'
     policy = settings.policy(bucket)
+    if settings.resident == "both" or policy == "offloaded":
+        return base_lever(settings, bucket, num_blocks)
     if policy in ("none", "selective"):
         changed = {**settings.checkpointing_by_bucket, bucket: "full"}
         again = "every block" if policy == "none" else "self-attention"
         return f"memory.checkpointing_by_bucket = {table(changed)}: keeps block inputs alone; {again} runs once more"
-    if policy == "full":
-        changed = {**settings.checkpointing_by_bucket, bucket: "offloaded"}
-        return f"memory.checkpointing_by_bucket = {table(changed)}: block inputs wait in the host's memory"
+    changed = {**settings.checkpointing_by_bucket, bucket: "offloaded"}
+    return f"memory.checkpointing_by_bucket = {table(changed)}: block inputs wait in the host's memory"
+
+
+def base_lever(settings: MemorySettings, bucket: str, num_blocks: int = 40) -> str:
+    """The same where it is the frozen base that does not fit, whatever the activations of a bucket take."""
+    if settings.resident == "both":
+        return 'memory.resident = "one": gives back the other expert; it is read again at each change'
     if "none" in settings.checkpointing_by_bucket.values():
         changed = {name: "selective" if p == "none" else p for name, p in settings.checkpointing_by_bucket.items()}
         return f"memory.checkpointing_by_bucket = {table(changed)}: {BEFORE_THE_BASE}"
