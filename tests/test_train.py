@@ -1,10 +1,12 @@
 """The trainer's promises: independent experts, addressed draws, exact resume, and nothing that moves them."""
 
 import dataclasses
+import gc
 import json
 import re
 import shutil
 import time
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -15,11 +17,13 @@ from PIL import Image
 
 from data.sources import make_folder
 from tests.tiny_runs import close, same, train
+from train import preparing
 from train.config import Config
 from train.engine import make_accelerator
 from train.job import run
 from train.objective import weighted_loss
 from train.optim import learning_rate
+from train.preparing import prepare_data
 from train.records import StepRecord
 from train.rounds import stretches
 from train.signals import StopRequest
@@ -86,6 +90,30 @@ def test_stills_masks_regularisation_and_batches_by_tokens_train_together(make_c
     places = [place for batches in loaded.values() for batch in batches for place in batch.weights.tolist()]
     assert set(places) == {1.0, 0.5}
     assert any(batch.masks is not None and batch.masks.min() == 0 for batch in loaded["high"])
+
+
+def test_the_encoders_are_gone_before_training_starts(make_config, tmp_path, monkeypatch):
+    loaded = []
+
+    def watched(encoder_class):
+        def load(*arguments, **keywords):
+            encoder = encoder_class(*arguments, **keywords)
+            loaded.extend(weakref.ref(part) for part in vars(encoder).values() if isinstance(part, torch.nn.Module))
+            return encoder
+
+        return load
+
+    for name in ("TextEncoder", "VideoEncoder"):
+        monkeypatch.setattr(preparing, name, watched(getattr(preparing, name)))
+    config = make_config(f"data.cache='{tmp_path / 'cache'}'")
+    accelerator = make_accelerator(config)
+    gc.collect()
+    gc.disable()  # a circle of references must not keep them until garbage is next collected
+    try:
+        prepare_data(config, accelerator)
+        assert len(loaded) == 2 and [encoder() for encoder in loaded] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_accumulation_gives_the_batch_that_it_stands_for(make_config):

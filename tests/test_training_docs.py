@@ -17,10 +17,11 @@ ROWS = re.findall(r"^\| (\d+) GiB \| (.*?) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, r
 BUCKETS = ("832x480x33", "832x480x81")
 
 
-def planned(capsys, card: str, settings: str) -> dict[str, tuple[float, bool]]:
+def planned(capsys, card: str, settings: str, *overrides: str) -> dict[str, tuple[float, bool]]:
     changes = [f"memory.{part}" for part in re.findall(r"`([^`]+)`", settings)]
     path = str(ROOT / "configs" / "a14b.toml")
-    main(["--config", path, "--gpu", f"{card}GiB", "--json", f"data.buckets={list(BUCKETS)}", *changes])
+    overrides = overrides or (f"data.buckets={list(BUCKETS)}",)
+    main(["--config", path, "--gpu", f"{card}GiB", "--json", *overrides, *changes])
     steps = json.loads(capsys.readouterr().out)["steps"]
     return {step["bucket"]: (round(step["peak_bytes"] / 2**30, 1), step["fits"]) for step in steps}
 
@@ -35,6 +36,19 @@ def test_the_memory_of_each_recipe_is_what_the_planner_says(row, capsys):
     found = planned(capsys, card, settings)
     assert [found[bucket][0] for bucket in BUCKETS] == [float(short), float(long)]
     assert found[BUCKETS[0]][1], "a recipe that does not fit its card"
+
+
+def test_the_memory_of_720p_and_of_the_shipped_configuration_is_what_the_planner_says(capsys):
+    streamed, offloaded, plain = re.findall(r"1280x720x81 needs ([\d.]+) GiB .*?, ([\d.]+) .*?, ([\d.]+) ", PAGE, re.S)[
+        0
+    ]
+    large = ('data.buckets=["1280x720x81"]', "data.max_tokens=80000")
+    parked = '`checkpointing = "offloaded"`'
+    for settings, said in ((f"`stream_blocks = 40`, {parked}", streamed), (parked, offloaded), ("", plain)):
+        assert planned(capsys, "80", settings, *large) == {"1280x720x81": (float(said), True)}
+    text = (ROOT / "configs" / "a14b.toml").read_text(encoding="utf-8")
+    (said,) = re.findall(r"activations: ([\d.]+) GiB in all, by `train.plan`", text)
+    assert max(planned(capsys, "80", "", "run.seed=0").values()) == (float(said), True)
 
 
 def test_examples_are_tables_of_the_configuration(tmp_path):
