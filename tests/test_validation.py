@@ -11,7 +11,7 @@ import torch
 from data.holdout import hold_out
 from tests.tiny_runs import same, train
 from train.engine import make_accelerator
-from train.job import run
+from train.job import choose_state, run
 from train.preparing import prepare_data
 from train.recommendation import Candidate, recommend
 from train.signals import StopRequest
@@ -98,6 +98,36 @@ def test_patience_ends_an_expert_and_a_resumed_run_knows_it(make_config, monkeyp
     states = train(config)
     assert states["high"].step == 3  # the first value is the base's, the second step 0's
     assert train(config)["high"].step == 3
+
+
+def test_each_expert_may_have_a_patience_of_its_own(make_config, monkeypatch):
+    config = make_config("validation.every_steps=1", "validation.patience=3", "low.patience=0", "high.patience=1")
+    monkeypatch.setattr("train.validation.level_losses", lambda *_: torch.full((4,), 1.0))
+    states = train(config)
+    assert (states["high"].step, states["low"].step) == (1, 4)
+    assert [config.patience(name) for name in ("high", "low")] == [1, 0]
+    assert make_config("validation.patience=3", "low.patience=0").patience("high") == 3
+
+
+@pytest.mark.parametrize("override", ["validation.patience=1", "low.patience=1", "validation.export='best'"])
+def test_what_goes_by_a_loss_that_is_never_measured_is_refused(make_config, override):
+    with pytest.raises(InputError, match=r"goes by the held-out loss, and validation.every_steps = 0 measures none"):
+        make_config("validation.every_steps=0", override)
+
+
+def test_a_set_too_small_to_keep_a_clip_back_is_told_of(make_config, shared, tmp_path, capsys):
+    few = tmp_path / "few"
+    few.mkdir()
+    for clip in sorted((shared / "ember").glob("*.mp4"))[:9]:
+        shutil.copy(clip, few)
+        shutil.copy(clip.with_suffix(".txt"), few)
+    config = make_config(f"data.sources=[{{path='{few}'}}]", "validation.export='best'")
+    prepared(config)
+    assert "no clip is kept from training" in capsys.readouterr().out
+    state = ExpertState(step=3)
+    validation = Validation(config.validation, config.run_folder, make_accelerator(config))
+    assert choose_state(config, validation, "low", state) is state
+    assert "no held-out loss was measured, so its last state" in capsys.readouterr().out
 
 
 def test_the_best_state_becomes_the_adapter_where_that_is_asked_for(make_config, monkeypatch, capsys):

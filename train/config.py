@@ -89,7 +89,8 @@ class ValidationSettings(Settings):
     levels: int = Field(4, ge=1, le=64)
     """Noise levels in the expert's interval, spread as those of its training are."""
     patience: int = Field(0, ge=0)
-    """Validations without a new lowest loss after which an expert's training ends; 0 for never."""
+    """Validations without a new lowest loss after which an expert's training ends, unless its own table says
+    otherwise; 0 for never."""
     export: Literal["last", "best"] = "last"
     """Which of an expert's states becomes the adapter: the last, or the one with the lowest loss."""
 
@@ -153,6 +154,17 @@ class Config(Settings):
                 raise ValueError(f"train.experts names {name!r}, and there is no table [{name}] with its steps")
         return self
 
+    @model_validator(mode="after")
+    def what_the_held_out_loss_decides_has_one(self) -> "Config":
+        if self.validation.every_steps:
+            return self
+        remedy = "validation.every_steps = 0 measures none; give it a number"
+        if self.validation.export == "best":
+            raise ValueError(f'validation.export = "best" goes by the held-out loss, and {remedy}')
+        if any(self.patience(name) for name in self.train.experts):
+            raise ValueError(f"patience goes by the held-out loss, and {remedy}")
+        return self
+
     @property
     def run_folder(self) -> Path:
         return self.run.folder / self.run.name
@@ -162,6 +174,11 @@ class Config(Settings):
         settings = {"high": self.high, "low": self.low, "single": self.single}[name]
         assert settings is not None, "a validator sees to it"
         return settings
+
+    def patience(self, name: ExpertName) -> int:
+        """Validations without a new lowest loss after which an expert's training ends; 0 for never."""
+        own = self.expert(name).patience
+        return self.validation.patience if own is None else own
 
     def steps(self) -> dict[ExpertName, int]:
         """Steps of each expert that is trained, in pipeline order."""

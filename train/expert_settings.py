@@ -109,6 +109,9 @@ class ExpertSettings(Settings):
     """Optimizer steps."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate. Of prodigy it is a factor on the rate that it finds, usually 1."""
+    patience: int | None = Field(None, ge=0)
+    """Validations without a new lowest loss after which its training ends; 0 for never. Left out:
+    `validation.patience`."""
     lora: LoraSettings = LoraSettings()
     """What is injected into this expert."""
     flow: FlowSettings = FlowSettings()

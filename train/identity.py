@@ -57,6 +57,7 @@ RULES: dict[str, Rule] = {
     "optimizer": FINE,
     "expert.steps": WARNED,  # judged by `steps_rule`
     "expert.learning_rate": WARNED,
+    "expert.patience": FINE,
     "expert.lora": Rule("fatal", "the adapter would be another one"),
     "expert.lora.dropout": WARNED,
     "expert.flow": Rule("fatal", "the noise levels are what the adapter was trained for"),

@@ -124,7 +124,7 @@ def train_experts(
     plan = list(stretches(config.steps(), config.train.order, config.train.round_steps))
     for number, stretch in enumerate(plan):
         state = states[stretch.expert]
-        if state.step >= stretch.stop or validation.has_stopped(stretch.expert):
+        if state.step >= stretch.stop or validation.has_stopped(stretch.expert, config.patience(stretch.expert)):
             continue
         if publisher:
             publisher.before_stretch(stretch, states)
@@ -184,11 +184,12 @@ def run_stretch(
 ) -> int:
     """Steps of one expert up to the stretch's end, or to a signal, which is returned; 0 where none came."""
     config, state = trainer.config, trainer.state
+    patience = config.patience(stretch.expert)
     label = f"{stretch.expert} expert, steps {state.step + 1}-{stretch.stop}"
     figures.begin()
     with progress_bar(label, stretch.stop - stretch.start) as bar:
         validate(trainer, metrics, validation)
-        while state.step < stretch.stop and not validation.has_stopped(stretch.expert):
+        while state.step < stretch.stop and not validation.has_stopped(stretch.expert, patience):
             record = trainer.take_step()
             metrics.add(record)
             figures.add(record)
@@ -230,6 +231,8 @@ def choose_state(config: Config, validation: Validation, name: ExpertName, state
     """The state that becomes the adapter; what speaks for which is said aloud."""
     history = [each for each in validation.of(name) if each.step > 0]
     if not history:
+        if config.validation.export == "best":
+            say(f"{EXPERTS[name].title}: no held-out loss was measured, so its last state becomes the adapter")
         return state
     candidates = [Candidate(step=each.step, held_out_loss=each.loss) for each in history]
     best = recommend(candidates, history[0].base_loss)

@@ -66,6 +66,8 @@ def prepare_data(config: Config, accelerator: Accelerator) -> TrainingData:
     if held_out.any() and accelerator.is_main_process:
         names = sorted({samples[int(index)].clip for index in held_out.nonzero()[0]})
         say(f"kept from training, for the held-out loss (validation.clips): {', '.join(names)}")
+    elif config.validation.every_steps:
+        say("no clip is kept from training, as a tenth of so few is none: there will be no held-out loss")
     return TrainingData(samples, cache, config.data, text_fingerprint=text_fingerprint, held_out=held_out)
 
 

@@ -111,10 +111,9 @@ class Validation:
             self.file.append(asdict(found))
         return found
 
-    def has_stopped(self, expert: ExpertName) -> bool:
+    def has_stopped(self, expert: ExpertName, patience: int) -> bool:
         """Whether `patience` validations have passed without a new lowest loss."""
         losses = [each.loss for each in self.of(expert)]
-        patience = self.settings.patience
         return bool(patience) and len(losses) > patience and min(losses[:-patience]) <= min(losses[-patience:])
 
 
