@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from tests.tiny_runs import same, train
+from train.engine import make_accelerator
 from train.job import run
+from train.preparing import prepare_data
 from train.signals import StopRequest
+from train.supported import tell_of_policies_for_nothing
 from wan_finetune.errors import InputError
 from wan_finetune.memory.residence import BaseExperts
 
@@ -62,3 +65,10 @@ def test_a_run_that_would_go_wrong_stops_before_any_work(make_config, overrides,
     with pytest.raises(InputError, match=says):
         run(config, StopRequest())
     assert not config.run_folder.exists()
+
+
+def test_a_policy_for_a_bucket_without_clips_is_told_of(make_config, capsys):
+    config = make_config("memory.checkpointing_by_bucket={'64x64x5'='full', '64x64x9'='none'}")
+    tell_of_policies_for_nothing(config, prepare_data(config, make_accelerator(config)))
+    said = [line for line in capsys.readouterr().out.splitlines() if "checkpointing_by_bucket" in line]
+    assert said == ["warning: memory.checkpointing_by_bucket: no clip is in 64x64x5; clips are in 64x64x9"]

@@ -37,7 +37,7 @@ from .recommendation import Candidate, recommend
 from .rounds import Stretch, stretches
 from .signals import Stopped, StopRequest
 from .state import ExpertState
-from .supported import require_support
+from .supported import require_support, tell_of_policies_for_nothing
 from .terminal import progress_bar, say
 from .tracking import Metrics
 from .trainer import ExpertTrainer, make_bases
@@ -66,6 +66,7 @@ def run(config: Config, stop: StopRequest) -> None:
         if not (folder / "checkpoints").is_dir():
             require_start(config.expert(name).lora, name)
     data = prepare_data(config, accelerator)
+    tell_of_policies_for_nothing(config, data)
     metrics = Metrics(config, accelerator)
     publisher = Publisher(config, make_adapter, accelerator.is_main_process)
     with publisher, sole_writer(folder / "checkpoints") if accelerator.is_main_process else nullcontext():
@@ -164,6 +165,8 @@ def telling_of_memory(config: Config, expert: ExpertName, data: TrainingData) ->
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        if isinstance(error, MemoryError):
+            raise InputError(f"{expert} expert: {str(error) or 'the memory of this machine is full'}") from error
         largest = max(set(data.samples.column("bucket")), key=lambda name: Bucket.parse(name).tokens)
         said = next(iter(str(error).splitlines()), "")
         raise InputError(

@@ -2,12 +2,14 @@
 
 from accelerate import Accelerator
 
+from data.batches import TrainingData
 from wan_finetune.lora import TAKES_FROM_BASE, LoraSettings
 from wan_finetune.memory.quantization import check_installed
 from wan_finetune.memory.support import Adaptation, Combination, check_supported
 
 from .config import Config
 from .engine import engine_name
+from .terminal import say
 
 
 def require_support(config: Config, accelerator: Accelerator) -> None:
@@ -29,6 +31,13 @@ def require_support(config: Config, accelerator: Accelerator) -> None:
                 kept=config.memory.resident == "both",
             )
         )
+
+
+def tell_of_policies_for_nothing(config: Config, data: TrainingData) -> None:
+    """A bucket that is written wrongly would have the general policy in silence."""
+    used = set(data.samples.column("bucket").tolist())
+    for bucket in sorted(config.memory.checkpointing_by_bucket.keys() - used):
+        say(f"warning: memory.checkpointing_by_bucket: no clip is in {bucket}; clips are in {', '.join(sorted(used))}")
 
 
 def adaptation_of(lora: LoraSettings) -> Adaptation:

@@ -61,10 +61,7 @@ class Validation:
             self.file.forget_after(steps)
             lines = [self.file.lines()]
         broadcast_object_list(lines)
-        self.done = [
-            HeldOutLoss(**{**line, "levels": tuple(LevelLoss(**level) for level in line["levels"])})
-            for line in lines[0]
-        ]
+        self.done = [from_line(line) for line in lines[0]]
 
     def of(self, expert: ExpertName) -> list[HeldOutLoss]:
         """One expert's validations, in order."""
