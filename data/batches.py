@@ -1,5 +1,6 @@
 """Batches from the caches."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ class Chosen:
 class TrainingData:
     """Samples whose tensors lie in the cache; captions used last stay in memory, up to `memory_bytes`.
 
-    Those of `held_out` [N] are for validation: no batch for training has them.
+    Those of `held_out` [N] are for validation: no batch for training has them. `load` may be called by several threads,
+    as batches are made ahead while held-out clips are looked at.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class TrainingData:
         self._text_fingerprint = text_fingerprint
         self._memory_bytes = memory_bytes
         self._held: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
         self.held_bytes = 0
 
     def load(self, chosen: Sequence[Chosen]) -> Batch:
@@ -122,18 +125,23 @@ class TrainingData:
 
     def _text(self, caption: str) -> Tensor:
         """One caption's rows; those used last are held, for captions come again and again."""
-        if caption in self._held:
-            self._held.move_to_end(caption)
-            return self._held[caption]
+        with self._lock:
+            if caption in self._held:
+                self._held.move_to_end(caption)
+                return self._held[caption]
         key = self._text_key(caption)
         entry = self.cache.read("text", key)
         if entry is None:
             self._raise_missing("text", key)
-        rows = self._held[caption] = entry["text"]
-        self.held_bytes += rows.nbytes
-        while self.held_bytes > self._memory_bytes:
-            _, dropped = self._held.popitem(last=False)
-            self.held_bytes -= dropped.nbytes
+        rows = entry["text"]
+        with self._lock:
+            # Another thread may have read it meanwhile.
+            if caption not in self._held:
+                self._held[caption] = rows
+                self.held_bytes += rows.nbytes
+            while self.held_bytes > self._memory_bytes:
+                _, dropped = self._held.popitem(last=False)
+                self.held_bytes -= dropped.nbytes
         return rows
 
     def _text_key(self, caption: str) -> str:

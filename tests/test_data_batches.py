@@ -1,7 +1,9 @@
 """Batches that hold what was cached, and choices that depend on their address alone."""
 
 import math
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -53,6 +55,34 @@ def test_captions_are_held_up_to_a_bound_and_latents_are_not(material):
         # One row a word and one that ends the text, of four numbers each.
         assert data.load([place(samples, 0, caption)]).text[0].shape == (len(caption.split()) + 1, 4)
         assert 0 < data.held_bytes <= 200
+
+
+def test_threads_that_read_the_same_captions_hold_and_count_each_once(material, monkeypatch):
+    config, samples = material()
+    data = data_of(config, samples, memory_bytes=100)
+    read = data.cache.read
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(data.cache, "read", read)
+        data.load([place(samples, 0, "")])
+        return read(*arguments)
+
+    monkeypatch.setattr(data.cache, "read", overtaken)
+    data.load([place(samples, 0, "")])
+    assert data.held_bytes == 16  # one row of four numbers
+    # A caption that one thread has just found is not dropped by the other before it is taken.
+    rows = {caption: read("text", data._text_key(caption)) for caption in ("", "a blue square", "a red ball rolls")}
+    monkeypatch.setattr(data.cache, "read", lambda _, key: rows[{data._text_key(c): c for c in rows}[key]])
+    captions = [*rows] * 3000
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            found = list(threads.map(data._text, captions))
+    finally:
+        sys.setswitchinterval(usual)
+    assert all(torch.equal(one, rows[caption]["text"]) for one, caption in zip(found, captions, strict=True))
+    assert data.held_bytes == sum(held.nbytes for held in data._held.values()) <= 100
 
 
 def test_the_keys_in_use_are_those_of_the_cache(material):
