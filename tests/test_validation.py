@@ -109,7 +109,10 @@ def test_each_expert_may_have_a_patience_of_its_own(make_config, monkeypatch):
     assert make_config("validation.patience=3", "low.patience=0").patience("high") == 3
 
 
-@pytest.mark.parametrize("override", ["validation.patience=1", "low.patience=1", "validation.export='best'"])
+@pytest.mark.parametrize(
+    "override",
+    ["validation.patience=1", "low.patience=1", "validation.export='best'", "hub={push='best', repo='acme/look'}"],
+)
 def test_what_goes_by_a_loss_that_is_never_measured_is_refused(make_config, override):
     with pytest.raises(InputError, match=r"goes by the held-out loss, and validation.every_steps = 0 measures none"):
         make_config("validation.every_steps=0", override)

@@ -158,11 +158,15 @@ class Config(Settings):
     def what_the_held_out_loss_decides_has_one(self) -> "Config":
         if self.validation.every_steps:
             return self
-        remedy = "validation.every_steps = 0 measures none; give it a number"
-        if self.validation.export == "best":
-            raise ValueError(f'validation.export = "best" goes by the held-out loss, and {remedy}')
-        if any(self.patience(name) for name in self.train.experts):
-            raise ValueError(f"patience goes by the held-out loss, and {remedy}")
+        going_by_it = {
+            'validation.export = "best"': self.validation.export == "best",
+            'hub.push = "best"': self.hub.push == "best",
+            "patience": any(self.patience(name) for name in self.train.experts),
+        }
+        if key := next((key for key, is_set in going_by_it.items() if is_set), None):
+            raise ValueError(
+                f"{key} goes by the held-out loss, and validation.every_steps = 0 measures none; give it a number"
+            )
         return self
 
     @property
