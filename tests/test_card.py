@@ -187,6 +187,13 @@ def test_an_adapter_that_does_not_name_its_base_needs_it_said(artefacts):
     assert f"base_model: {A14B}" in make_card(silent, base=A14B)
 
 
+def test_the_licence_is_what_the_files_say_unless_another_is_named(artefacts):
+    said = [replace(each, about={**each.about, "licence": "CC-BY-4.0"}) for each in artefacts.adapters]
+    card = make_card(replace(artefacts, adapters=said))
+    assert ModelCard(card).data.license == "cc-by-4.0" and "The adapter: cc-by-4.0." in card
+    assert ModelCard(make_card(replace(artefacts, adapters=said), license="mit")).data.license == "mit"
+
+
 def test_clips_are_linked_where_they_are(artefacts):
     places = {clip.adapter: f"../samples/final/adapter/{clip.adapter.name}" for clip in artefacts.clips}
     card = make_card(artefacts, clips=places)

@@ -9,6 +9,7 @@ import sys
 import tomllib
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from tests.publishable import SECRET_PLACE, write_run
 from train.config import Config
 from wan_finetune.cli import main, make_parser
 from wan_finetune.commands.push import again
+from wan_finetune.export import write_adapter_folder
+from wan_finetune.formats.reading import read_all
 
 # huggingface_hub hands a file to its client by an argument's older name.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -133,6 +136,17 @@ def test_a_dry_run_shows_names_and_sizes_and_sends_nothing(at_home, hub, monkeyp
     file = at_home / "runs" / "ember" / "adapter" / "low_noise.safetensors"
     assert listed["low_noise.safetensors"] == file.stat().st_size and len(listed) == 10
     assert not hub.requests
+
+
+def test_a_card_of_another_licence_than_the_files_say_is_warned_of(at_home, tmp_path, hub, capsys):
+    pair = read_all(at_home / "runs" / "ember" / "adapter")
+    write_adapter_folder(
+        tmp_path / "look", [replace(each, about={**each.about, "licence": "apache-2.0"}) for each in pair]
+    )
+    for licence, warnings in (("mit", 1), ("apache-2.0", 0)):
+        assert main(["push", str(tmp_path / "look"), "acme/look", "--license", licence, "--dry-run"]) == 0
+        said = capsys.readouterr().err
+        assert said.count("the adapter's files say apache-2.0") == warnings
 
 
 def test_the_result_is_on_stdout_and_the_same_again_says_so(at_home, hub, capsys):

@@ -23,7 +23,7 @@ class HubSettings(Settings):
     language: Literal["en", "zh"] = "en"
     """Of the card."""
     license: str = Field("apache-2.0", pattern=r"[a-z0-9][a-z0-9.-]*")
-    """Of the adapter, as the Hub names licences."""
+    """Of the adapter, as the Hub names licences; its files and the card say it, pushed or not."""
     wait_seconds: float = Field(120.0, ge=1, le=7200)
     """How long the finished run waits for its push; then the push is ended and the command is told."""
 
