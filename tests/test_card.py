@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.tiny_model import write_tiny_base
 from wan_finetune.card import make_card
 from wan_finetune.errors import InputError
 from wan_finetune.experts import SINGLE, base_folder
+from wan_finetune.export import write_adapter_folder
 from wan_finetune.hub_files import Artefacts, Clip, is_ours, read_artefacts, repository_files, require_no_leak
 
 
@@ -178,6 +180,33 @@ def test_faulty_folders_are_told_before_anything_goes(run, tmp_path):
     (swapped / "low_noise.safetensors").write_bytes((run / "adapter" / "low_noise.safetensors").read_bytes()[:-9])
     with pytest.raises(InputError, match=r"low_noise\.safetensors"):
         read_artefacts(swapped)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("samples/final/adapter/manifest.json", '{"clips": [{"file": "00-3-adapter.mp4"}]}'),
+        ("samples/final/adapter/manifest.json", '{"sampling": {"width": 7}}'),
+        ("evaluation.json", "[]"),
+        ("validation.jsonl", '{"expert": "high", "step": 2'),
+        ("validation.jsonl", '{"expert": "high", "step": 200}'),
+        ("config.toml", "[run\n"),
+    ],
+)
+def test_a_runs_file_that_is_damaged_is_named(run, tmp_path, name, content):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'run' / name}: is n")):
+        read_artefacts(tmp_path / "run")
+
+
+def test_the_held_out_loss_is_that_of_the_step_which_the_adapter_is_of(run, tmp_path):
+    """With `validation.export = "best"` the adapter is of an earlier step than the last validation."""
+    shutil.copytree(run, tmp_path / "run")
+    best = [replace(each, about={**each.about, "steps": "100"}) for each in read_artefacts(run).adapters]
+    write_adapter_folder(tmp_path / "run" / "adapter", best)
+    assert read_artefacts(run).held_out == {"high": (0.5, 0.4), "low": (0.5, 0.4)}
+    assert read_artefacts(tmp_path / "run").held_out == {"high": (0.5, 0.42), "low": (0.5, 0.42)}
 
 
 def test_an_adapter_that_does_not_name_its_base_needs_it_said(artefacts):
