@@ -16,6 +16,7 @@ from tests.fork_server import fork
 from tests.publishable import A14B, PROMPTS, SECRET_PLACE, code_of, run_code, write_run
 from tests.tiny_model import write_tiny_base
 from wan_finetune.card import make_card
+from wan_finetune.card_texts import TEXTS
 from wan_finetune.errors import InputError
 from wan_finetune.experts import SINGLE, base_folder
 from wan_finetune.export import write_adapter_folder
@@ -81,6 +82,19 @@ def test_a_single_denoisers_card_loads_its_one_file(tmp_path):
     assert "transformer_2" not in card and "guidance_scale_2" not in card
     found = frames_of(card, run / "adapter", str(tmp_path / "one"), str(run / "adapter"), tmp_path)
     require_the_adapters_output(found)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize(("kept", "other"), [("high", "low"), ("low", "high")])
+def test_a_card_of_one_expert_speaks_of_its_one_file(run, tmp_path, kept, other, language):
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    for folder in ("", "comfyui"):
+        (tmp_path / "adapter" / folder / f"{other}_noise.safetensors").unlink()
+    card = make_card(read_artefacts(tmp_path / "adapter"), repo="acme/look", language=language)
+    assert f"{kept}_noise" in card and f"{other}_noise" not in card and "$" not in card
+    assert TEXTS[language].experts[kept] in card and TEXTS[language].experts[other] not in card
+    assert code_of(card).count("load_lora_weights") == 1
+    assert ("load_into_transformer_2=True" in code_of(card)) == (kept == "low")
 
 
 def test_metadata_is_what_the_hub_understands(artefacts):

@@ -149,7 +149,9 @@ def use(artefacts: Artefacts, repo: str | None, base: str, text: Texts) -> Itera
         yield f"```python\nfrom wan_finetune import load_pipeline\n\n{call}\n```"
     if artefacts.beside:
         yield f"## {text.comfyui}"
-        yield fill(text.comfyui_single if single else text.comfyui_two, shift=f"{artefacts.sampling.shift:g}")
+        one_of_two = text.comfyui_single if single else text.comfyui_one_of_two
+        words = text.comfyui_two if len(artefacts.experts) == 2 else one_of_two
+        yield fill(words, shift=f"{artefacts.sampling.shift:g}", expert=text.experts[artefacts.experts[0]])
 
 
 def code(artefacts: Artefacts, repo: str | None, base: str, text: Texts) -> str:

@@ -72,7 +72,7 @@ def read_artefacts(folder: Path, sampling: SamplingSettings | None = None) -> Ar
         sampling: what the adapter is sampled with, where no clips say it.
 
     Raises:
-        InputError: there is no adapter, or it is damaged, or of the wrong expert; or what a run has beside it is damaged.
+        InputError: there is no adapter, or it is of the wrong expert; or that or what a run has beside it is damaged.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give an adapter folder, or a run's folder such as runs/NAME")
