@@ -356,6 +356,15 @@ def test_an_export_that_fails_in_its_second_file_leaves_nothing(tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*")} == before
 
 
+@EACH
+def test_an_export_writes_over_no_other_adapter(tmp_path, name):
+    export([make_adapter("high", seed=1)], FORMATS[name], tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match=r"already holds another high_noise\S*; give another folder"):
+        export([make_adapter("high"), make_adapter("low")], FORMATS[name], tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
 def test_a_folder_that_cannot_be_written_to_is_told_of(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"file: cannot be written \(.*\); give another folder, or free some room"):
