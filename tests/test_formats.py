@@ -17,10 +17,10 @@ from wan_finetune.errors import InputError
 from wan_finetune.experts import EXPERTS
 from wan_finetune.formats import FORMAT_NAMES
 from wan_finetune.formats.exporting import export
-from wan_finetune.formats.files import Opened
+from wan_finetune.formats.files import Opened, open_adapter
 from wan_finetune.formats.keys import Meaning, meaning
 from wan_finetune.formats.names import DIFFUSERS_TO_FASTVIDEO, DIFFUSERS_TO_ORIGINAL, canonical, flattened, original
-from wan_finetune.formats.reading import FORMATS, format_of, read_all, read_expert, read_file
+from wan_finetune.formats.reading import FORMATS, read_all, read_expert, read_file, recognised
 from wan_finetune.spec import LORA_TARGETS
 
 EACH = pytest.mark.parametrize("name", FORMAT_NAMES)
@@ -141,7 +141,7 @@ def test_every_variant_is_written_and_read_back_or_refused_with_the_reason(tmp_p
         assert not (tmp_path / "out").exists()
         return
     (path,) = export([adapter], FORMATS[name], tmp_path)
-    assert format_of(path) == name
+    assert recognised(open_adapter(path)).name == name
     back = read_file(path)
     assert back.expert == adapter.expert and same_update(adapter, back) and not back.assumed
     assert set(back.targets) == set(adapter.targets)
