@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,12 +17,13 @@ import pytest
 from huggingface_hub import constants
 
 from tests.fake_hub import FakeHub, cut_afterwards, fake_hub, status
-from tests.publishable import SECRET_PLACE, write_run
+from tests.publishable import A14B, SECRET_PLACE, write_run
 from train.config import Config
 from wan_finetune.cli import main, make_parser
 from wan_finetune.commands.push import again
 from wan_finetune.export import write_adapter_folder
 from wan_finetune.formats.reading import read_all
+from wan_finetune.serving.settings import ServingSettings
 
 # huggingface_hub hands a file to its client by an argument's older name.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -109,6 +111,24 @@ def test_every_example_of_the_page_runs(at_home, hub, serving, capsys):
     sent = b"".join(hub.bodies) + b"".join(hub.objects.values())
     for secret in (TOKEN, SECRET_PLACE, str(at_home)):
         assert secret not in said.out + said.err and secret.encode() not in sent
+
+
+def test_what_is_pushed_to_be_served_is_served_as_it_was_trained(at_home, hub, tmp_path):
+    """With the real files of a Space and an endpoint."""
+    shutil.copytree(at_home / "runs" / "ember", tmp_path / "ember")
+    config = tmp_path / "ember" / "config.toml"
+    config.write_text(config.read_text().replace("[data]", '[data]\ncaption = "{caption}, {trigger}"'))
+    assert (
+        main(["push", str(tmp_path / "ember"), "acme/look", "--endpoint", "--space", "--space-name", "acme/demo"]) == 0
+    )
+    look, demo = hub.files("acme/look"), hub.files("acme/demo")
+    assert {"README.md", "high_noise.safetensors", "handler.py", "requirements.txt", "settings.json"} <= look.keys()
+    assert {"app.py", "README.md", "requirements.txt", "settings.json"} <= demo.keys()
+    for files, adapter in ((look, ""), (demo, "acme/look")):
+        settings = ServingSettings.model_validate_json(files["settings.json"])
+        assert (settings.base, settings.adapter, settings.template) == (A14B, adapter, "{caption}, {trigger}")
+        assert files["wan_finetune/serving/generator.py"] and not any("__pycache__" in name for name in files)
+    assert len(hub.repositories["acme/look"].commits) == len(hub.repositories["acme/demo"].commits) == 1
 
 
 def test_the_pages_tables_and_python_are_as_the_code_has_them(hub, capsys):

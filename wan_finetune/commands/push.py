@@ -106,7 +106,7 @@ def endpoint(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[str,
         return {}
     from ..serving.files import endpoint_files
 
-    return dict(endpoint_files(base=arguments.base or artefacts.about["base"]))
+    return dict(endpoint_files(base=arguments.base or artefacts.about["base"], **composing(artefacts)))
 
 
 def demo_files(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[str, Path | bytes]:
@@ -123,8 +123,17 @@ def demo_files(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[st
             # The Space puts the trigger before every prompt itself.
             examples=list(dict.fromkeys(clip.prompt.removeprefix(trigger).lstrip(" ,，") for clip in artefacts.clips)),
             lang=arguments.lang,
+            **composing(artefacts),
         )
     )
+
+
+def composing(artefacts: "Artefacts") -> dict[str, str]:
+    """How trigger and prompt become one text, where a run's configuration says it, so that serving does as training."""
+    from ..captions import DEFAULT_TEMPLATE
+
+    template = artefacts.configuration.get("data", {}).get("caption", DEFAULT_TEMPLATE)
+    return {} if template == DEFAULT_TEMPLATE else {"template": template}
 
 
 def show(target: Any, files: dict[str, Path | bytes]) -> None:
