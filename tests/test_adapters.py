@@ -1,6 +1,7 @@
 """Adapters: what is injected, and that every file says and does what was trained."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_a14b_has_400_linears_an_expert_in_attention_and_feed_forward():
     assert not {id(p) for p in pair[HIGH].parameters()} & {id(p) for p in pair[LOW].parameters()}
 
 
-@pytest.mark.parametrize("alpha", [-4.0, 0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("alpha", [-4.0, 0.0, float("inf"), float("nan"), 1e39, 1e-60])
 def test_an_alpha_that_no_loader_stands_is_refused(tiny_base, alpha):
     adapter = trained(tiny_base, HIGH)
     for odd in (replace(adapter, alpha=alpha), replace(adapter, alphas={"blocks.0.attn1.to_q": alpha})):
@@ -132,6 +133,21 @@ def test_load_pipeline_gives_the_trained_output_and_the_recorded_shift(tiny_base
     for expert, adapter in zip((HIGH, LOW), adapters, strict=True):
         found = probe_output(getattr(pipe, expert.component), tiny_base, adapter)
         assert torch.allclose(found, changed_output(tiny_base, expert, adapter), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", "x" * 100),
+        ("vae/config.json", "{"),
+        ("model_index.json", "<"),
+    ],
+)
+def test_a_damaged_base_is_told_of(tiny_base, tmp_path, file, content):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "base" / file).write_text(content)
+    with pytest.raises(InputError, match=r"(base model .*base' cannot be opened|model_index.json: is not JSON).*again"):
+        load_pipeline(str(tmp_path / "base"))
 
 
 def test_strength_is_set_for_each_expert(tiny_base, tmp_path):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from safetensors import SafetensorError
 
 from .errors import InputError
 from .experts import EXPERTS, LOW, base_folder, boundary_ratio
@@ -52,8 +53,12 @@ def load_pipeline(
     if boundary_ratio(folder) is not None:
         folder = base_folder(base, (*COMPONENTS, LOW.component), revision)
     adapters = read_adapters(adapter) if adapter is not None else []
-    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
-    pipe = WanPipeline.from_pretrained(folder, vae=vae, dtype=dtype)
+    try:
+        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
+        pipe = WanPipeline.from_pretrained(folder, vae=vae, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"base model {base!r} cannot be opened ({reason}); fetch or convert it again") from error
     recorded = next((a.about["sampling_shift"] for a in adapters if "sampling_shift" in a.about), None)
     if shift is None and recorded is not None:
         shift = float(recorded)
