@@ -12,13 +12,14 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.adapter_material import make_adapter
 from wan_finetune.adapters import Adapter, LoraSettings, inject_lora, lora_weights, set_lora_weights, update_norms
 from wan_finetune.errors import InputError
 from wan_finetune.experts import HIGH, LOW, load_expert
 from wan_finetune.export import probe_output, verify_adapter_folder, write_adapter_folder
 from wan_finetune.formats import comfyui
 from wan_finetune.formats import diffusers as diffusers_format
-from wan_finetune.pipeline import go_block_by_block, load_pipeline, place
+from wan_finetune.pipeline import adapter_source, go_block_by_block, load_pipeline, place, read_adapters
 from wan_finetune.sampling import Request, SamplingSettings, sample
 from wan_finetune.spec import LORA_TARGETS
 
@@ -133,6 +134,14 @@ def test_load_pipeline_gives_the_trained_output_and_the_recorded_shift(tiny_base
     for expert, adapter in zip((HIGH, LOW), adapters, strict=True):
         found = probe_output(getattr(pipe, expert.component), tiny_base, adapter)
         assert torch.allclose(found, changed_output(tiny_base, expert, adapter), atol=1e-5)
+
+
+def test_a_repository_whose_files_have_other_names_is_told_of_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *names, **options: str(tmp_path))
+    with pytest.raises(InputError, match=r"'their/look': the repository has none of high_noise.safetensors, .*fetch"):
+        adapter_source("their/look")
+    write_adapter_folder(tmp_path, [make_adapter("high"), make_adapter("low")])
+    assert [each.expert for each in read_adapters("their/look")] == ["high", "low"]
 
 
 @pytest.mark.parametrize(

@@ -112,12 +112,18 @@ def adapter_source(source: str | Path) -> Path:
         return Path(source)
     names = [file_format.file_name(expert) for file_format in FORMATS.values() for expert in EXPERTS.values()]
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[*names, peft.WEIGHTS, f"*{peft.CONFIG}"]))
+        folder = Path(snapshot_download(str(source), allow_patterns=[*names, peft.WEIGHTS, f"*{peft.CONFIG}"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"adapter {str(source)!r} is neither a path here nor a repository that can be had "
             f"({type(error).__name__}); check the name and your login"
         ) from error
+    if not any(folder.rglob("*.safetensors")):
+        raise InputError(
+            f"adapter {str(source)!r}: the repository has none of {', '.join(dict.fromkeys(names))}; fetch the "
+            "file that it has, and name that"
+        )
+    return folder
 
 
 def add_adapters(pipe: WanPipeline, adapters: "Sequence[Adapter]", strength: float | tuple[float, float] = 1.0) -> None:
