@@ -84,13 +84,11 @@ def read_artefacts(folder: Path, sampling: SamplingSettings | None = None) -> Ar
         raise InputError(f"{folder}: holds no adapter to push; of {names} it has {len(found)}")
     adapters, beside = [], {}
     for expert in found:
-        adapter = read_file(adapter_folder / expert.file_name, expert.name)
-        adapter.check(str(adapter_folder / expert.file_name))
-        adapters.append(adapter)
+        adapters.append(read_file(adapter_folder / expert.file_name, expert.name))
         for name in BESIDE:
             file = adapter_folder / name / expert.file_name
             if file.is_file():
-                read_file(file, expert.name).check(str(file))
+                read_file(file, expert.name)
                 beside[f"{name}/{expert.file_name}"] = file
     clips: list[Clip] = []
     evaluation: dict[str, Any] = {}

@@ -7,13 +7,12 @@ from .adapters import Adapter
 from .errors import InputError
 from .experts import EXPERTS, HIGH, LOW
 from .formats.reading import read_expert
+from .operations.facts import SAMPLED_WITH
 from .operations.sources import write_adapters
 from .pipeline import read_adapters
 
 SHARED = ("base", "trigger")
 """Facts in which two halves of one adapter must agree."""
-SAMPLED_WITH = ("sampling_shift", "fps")
-"""Facts of which a pipeline can follow one half only."""
 
 
 def pair(high: Path, low: Path, out: Path) -> list[Path]:

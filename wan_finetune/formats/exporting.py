@@ -42,7 +42,7 @@ def export(adapters: Sequence[Adapter], file_format: FileFormat, out: Path) -> l
             raise InputError(f"{out}: already holds another {min(other).relative_to(out)}; give another folder")
         put_in_place(moves)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error)
         raise InputError(f"{out}: cannot be written ({reason}); give another folder, or free some room") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
