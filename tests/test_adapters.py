@@ -1,6 +1,7 @@
 """Adapters: what is injected, and that every file says and does what was trained."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.adapter_material import make_adapter
 from wan_finetune.adapters import Adapter, LoraSettings, inject_lora, lora_weights, set_lora_weights, update_norms
 from wan_finetune.errors import InputError
 from wan_finetune.experts import HIGH, LOW, load_expert
 from wan_finetune.export import probe_output, verify_adapter_folder, write_adapter_folder
 from wan_finetune.formats import comfyui
 from wan_finetune.formats import diffusers as diffusers_format
-from wan_finetune.pipeline import go_block_by_block, load_pipeline, place
+from wan_finetune.pipeline import adapter_source, go_block_by_block, load_pipeline, place, read_adapters
 from wan_finetune.sampling import Request, SamplingSettings, sample
 from wan_finetune.spec import LORA_TARGETS
 
@@ -64,7 +66,7 @@ def test_a14b_has_400_linears_an_expert_in_attention_and_feed_forward():
     assert not {id(p) for p in pair[HIGH].parameters()} & {id(p) for p in pair[LOW].parameters()}
 
 
-@pytest.mark.parametrize("alpha", [-4.0, 0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("alpha", [-4.0, 0.0, float("inf"), float("nan"), 1e39, 1e-60])
 def test_an_alpha_that_no_loader_stands_is_refused(tiny_base, alpha):
     adapter = trained(tiny_base, HIGH)
     for odd in (replace(adapter, alpha=alpha), replace(adapter, alphas={"blocks.0.attn1.to_q": alpha})):
@@ -132,6 +134,29 @@ def test_load_pipeline_gives_the_trained_output_and_the_recorded_shift(tiny_base
     for expert, adapter in zip((HIGH, LOW), adapters, strict=True):
         found = probe_output(getattr(pipe, expert.component), tiny_base, adapter)
         assert torch.allclose(found, changed_output(tiny_base, expert, adapter), atol=1e-5)
+
+
+def test_a_repository_whose_files_have_other_names_is_told_of_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *names, **options: str(tmp_path))
+    with pytest.raises(InputError, match=r"'their/look': the repository has none of high_noise.safetensors, .*fetch"):
+        adapter_source("their/look")
+    write_adapter_folder(tmp_path, [make_adapter("high"), make_adapter("low")])
+    assert [each.expert for each in read_adapters("their/look")] == ["high", "low"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", "x" * 100),
+        ("vae/config.json", "{"),
+        ("model_index.json", "<"),
+    ],
+)
+def test_a_damaged_base_is_told_of(tiny_base, tmp_path, file, content):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "base" / file).write_text(content)
+    with pytest.raises(InputError, match=r"(base model .*base' cannot be opened|model_index.json: is not JSON).*again"):
+        load_pipeline(str(tmp_path / "base"))
 
 
 def test_strength_is_set_for_each_expert(tiny_base, tmp_path):

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from tests.fork_server import fork
 from tests.publishable import A14B, PROMPTS, SECRET_PLACE, code_of, run_code, write_run
 from tests.tiny_model import write_tiny_base
 from wan_finetune.card import make_card
+from wan_finetune.card_texts import TEXTS
 from wan_finetune.errors import InputError
 from wan_finetune.experts import SINGLE, base_folder
+from wan_finetune.export import write_adapter_folder
 from wan_finetune.hub_files import Artefacts, Clip, is_ours, read_artefacts, repository_files, require_no_leak
 
 
@@ -79,6 +82,19 @@ def test_a_single_denoisers_card_loads_its_one_file(tmp_path):
     assert "transformer_2" not in card and "guidance_scale_2" not in card
     found = frames_of(card, run / "adapter", str(tmp_path / "one"), str(run / "adapter"), tmp_path)
     require_the_adapters_output(found)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize(("kept", "other"), [("high", "low"), ("low", "high")])
+def test_a_card_of_one_expert_speaks_of_its_one_file(run, tmp_path, kept, other, language):
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    for folder in ("", "comfyui"):
+        (tmp_path / "adapter" / folder / f"{other}_noise.safetensors").unlink()
+    card = make_card(read_artefacts(tmp_path / "adapter"), repo="acme/look", language=language)
+    assert f"{kept}_noise" in card and f"{other}_noise" not in card and "$" not in card
+    assert TEXTS[language].experts[kept] in card and TEXTS[language].experts[other] not in card
+    assert code_of(card).count("load_lora_weights") == 1
+    assert ("load_into_transformer_2=True" in code_of(card)) == (kept == "low")
 
 
 def test_metadata_is_what_the_hub_understands(artefacts):
@@ -180,11 +196,45 @@ def test_faulty_folders_are_told_before_anything_goes(run, tmp_path):
         read_artefacts(swapped)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("samples/final/adapter/manifest.json", '{"clips": [{"file": "00-3-adapter.mp4"}]}'),
+        ("samples/final/adapter/manifest.json", '{"sampling": {"width": 7}}'),
+        ("evaluation.json", "[]"),
+        ("validation.jsonl", '{"expert": "high", "step": 2'),
+        ("validation.jsonl", '{"expert": "high", "step": 200}'),
+        ("config.toml", "[run\n"),
+    ],
+)
+def test_a_runs_file_that_is_damaged_is_named(run, tmp_path, name, content):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'run' / name}: is n")):
+        read_artefacts(tmp_path / "run")
+
+
+def test_the_held_out_loss_is_that_of_the_step_which_the_adapter_is_of(run, tmp_path):
+    """With `validation.export = "best"` the adapter is of an earlier step than the last validation."""
+    shutil.copytree(run, tmp_path / "run")
+    best = [replace(each, about={**each.about, "steps": "100"}) for each in read_artefacts(run).adapters]
+    write_adapter_folder(tmp_path / "run" / "adapter", best)
+    assert read_artefacts(run).held_out == {"high": (0.5, 0.4), "low": (0.5, 0.4)}
+    assert read_artefacts(tmp_path / "run").held_out == {"high": (0.5, 0.42), "low": (0.5, 0.42)}
+
+
 def test_an_adapter_that_does_not_name_its_base_needs_it_said(artefacts):
     silent = replace(artefacts, adapters=[replace(each, about={}) for each in artefacts.adapters])
     with pytest.raises(InputError, match="say it with --base"):
         make_card(silent)
     assert f"base_model: {A14B}" in make_card(silent, base=A14B)
+
+
+def test_the_licence_is_what_the_files_say_unless_another_is_named(artefacts):
+    said = [replace(each, about={**each.about, "licence": "CC-BY-4.0"}) for each in artefacts.adapters]
+    card = make_card(replace(artefacts, adapters=said))
+    assert ModelCard(card).data.license == "cc-by-4.0" and "The adapter: cc-by-4.0." in card
+    assert ModelCard(make_card(replace(artefacts, adapters=said), license="mit")).data.license == "mit"
 
 
 def test_clips_are_linked_where_they_are(artefacts):

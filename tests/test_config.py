@@ -114,7 +114,7 @@ def trained_with(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
     ("overrides", "message"),
     [
         (["lora.rnk=8"], "error: 'lora.rnk=8': unknown key lora.rnk; did you mean rank?"),
-        (["model.base='/nowhere'"], "error: model.base: '/nowhere' is neither a folder nor a Hub repository"),
+        (["model.base='/nowhere'"], "error: base model '/nowhere' is neither a folder nor a Hub repository"),
         (["model.base='nobody/nothing'"], "'nobody/nothing' could not be had from the Hub"),
         (["model.base='BASE'", "data.sources=[{path='absent'}]"], "absent: no such folder"),
         (["model.base='BASE'", "data.sources=[{path='empty'}]"], "empty: the folder is empty"),

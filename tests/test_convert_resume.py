@@ -184,6 +184,9 @@ def test_nothing_is_said_unless_someone_watches(checkpoint, tmp_path, capsys, mo
     said = capsys.readouterr()
     assert said.err == "" and said.out == f"{tmp_path / 'a'}: two experts, bf16, not verified\n"
     assert json.loads((tmp_path / "a/scheduler/scheduler_config.json").read_text())["flow_shift"] == 7
+    for shift in ("inf", "nan", "-1"):
+        assert main(["convert", str(checkpoint), str(tmp_path / "b"), "--flow-shift", shift]) == 2
+        assert f"--flow-shift must be a number above 0, got {shift}" in capsys.readouterr().err
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert main(["convert", str(checkpoint), str(tmp_path / "b")]) == 0
     lines = capsys.readouterr().err.splitlines()

@@ -123,7 +123,7 @@ def test_a_fact_that_is_left_out_is_told_of(tmp_path, capsys):
 
 def test_a_runs_files_have_no_path_token_user_or_host_in_any_byte(make_config, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_sentinelsentinelsentinelsentinel")
-    config = make_config("run.name='sentinel-run'", "data.trigger='ember style'")
+    config = make_config("run.name='sentinel-run'", "data.trigger='ember style'", "hub.license=cc-by-4.0")
     base = Path(config.model.base)
     data = prepare_data(config, make_accelerator(config))
     facts = facts_of_run(config, base, data)
@@ -136,6 +136,7 @@ def test_a_runs_files_have_no_path_token_user_or_host_in_any_byte(make_config, t
         "ember style",
     )
     assert adapter.about["resolution"] == "64x64" and adapter.about["frames"] == "9"
+    assert adapter.about["licence"] == "cc-by-4.0"
     for name in FORMAT_NAMES:
         export([adapter], FORMATS[name], tmp_path / "out" / name)
     written = bytes_of(tmp_path / "out")

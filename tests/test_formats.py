@@ -17,10 +17,10 @@ from wan_finetune.errors import InputError
 from wan_finetune.experts import EXPERTS
 from wan_finetune.formats import FORMAT_NAMES
 from wan_finetune.formats.exporting import export
-from wan_finetune.formats.files import Opened
+from wan_finetune.formats.files import Opened, open_adapter
 from wan_finetune.formats.keys import Meaning, meaning
 from wan_finetune.formats.names import DIFFUSERS_TO_FASTVIDEO, DIFFUSERS_TO_ORIGINAL, canonical, flattened, original
-from wan_finetune.formats.reading import FORMATS, format_of, read_all, read_expert, read_file
+from wan_finetune.formats.reading import FORMATS, read_all, read_expert, read_file, recognised
 from wan_finetune.spec import LORA_TARGETS
 
 EACH = pytest.mark.parametrize("name", FORMAT_NAMES)
@@ -141,7 +141,7 @@ def test_every_variant_is_written_and_read_back_or_refused_with_the_reason(tmp_p
         assert not (tmp_path / "out").exists()
         return
     (path,) = export([adapter], FORMATS[name], tmp_path)
-    assert format_of(path) == name
+    assert recognised(open_adapter(path)).name == name
     back = read_file(path)
     assert back.expert == adapter.expert and same_update(adapter, back) and not back.assumed
     assert set(back.targets) == set(adapter.targets)
@@ -354,6 +354,15 @@ def test_an_export_that_fails_in_its_second_file_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="kohya"):
         export(pair, FORMATS["kohya"], tmp_path / "out")
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*")} == before
+
+
+@EACH
+def test_an_export_writes_over_no_other_adapter(tmp_path, name):
+    export([make_adapter("high", seed=1)], FORMATS[name], tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match=r"already holds another high_noise\S*; give another folder"):
+        export([make_adapter("high"), make_adapter("low")], FORMATS[name], tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_of(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import random
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 from tests.fake_hub import (
     FakeHub,
@@ -26,7 +28,7 @@ from tests.fake_hub import (
 from tests.fork_server import fork
 from tests.hub_child import push_by_xet
 from wan_finetune.errors import InputError
-from wan_finetune.hub import Pushed, Target, push, require_repo_name
+from wan_finetune.hub import Pushed, Target, push, quiet_hub, require_repo_name
 from wan_finetune.hub_patience import Patience, PushError, Unsettled, persevere
 
 # huggingface_hub hands a file to its client by an argument's older name.
@@ -268,6 +270,17 @@ def test_no_series_of_faults_waits_longer_than_its_limit():
         with pytest.raises(PushError):
             persevere(attempt, patience, tries.append, sleep, random_source.random)
         assert now <= patience.seconds and len(tries) < patience.tries
+
+
+def test_bars_are_for_a_person_who_watches(monkeypatch):
+    # The tests' own environment turns them off for good.
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    enable_progress_bars()
+    for watched in (True, False):
+        monkeypatch.setattr("sys.stderr.isatty", lambda seen=watched: seen)
+        with quiet_hub():
+            assert are_progress_bars_disabled() is not watched
+        assert not are_progress_bars_disabled()
 
 
 def test_the_client_of_others_comes_back_comes_back(hub, files):

@@ -116,9 +116,10 @@ def test_export_takes_another_tools_file_with_what_it_leaves_out(tmp_path, capsy
     assert not (tmp_path / "out").exists()
     assert main([*arguments, "--expert", "low"]) == 0
     assert "note: low: alpha not in the file: taken as rank" in capsys.readouterr().out
+    arguments[-1] = str(tmp_path / "again")
     assert main([*arguments, "--expert", "low", "--alpha", "2"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'low_noise.safetensors'}\n"
-    assert same_update(adapter, read_file(tmp_path / "out" / "low_noise.safetensors"))
+    assert capsys.readouterr().out == f"{tmp_path / 'again' / 'low_noise.safetensors'}\n"
+    assert same_update(adapter, read_file(tmp_path / "again" / "low_noise.safetensors"))
 
 
 @pytest.mark.parametrize("name", FORMAT_NAMES)

@@ -10,6 +10,7 @@ import torch
 from tests.lora_material import delta, deltas, error_in, make_adapter, relative, write, write_pair
 from tests.test_adapters import changed_output
 from wan_finetune.cli import main
+from wan_finetune.errors import InputError
 from wan_finetune.experts import HIGH, LOW
 from wan_finetune.export import probe_output
 from wan_finetune.formats import diffusers as diffusers_format
@@ -102,10 +103,12 @@ def test_a_write_that_fails_leaves_nothing_and_other_files_of_the_folder_stay(tm
 
     with monkeypatch.context() as patch:
         patch.setattr("wan_finetune.export.comfyui.write", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(InputError, match=r"out: cannot be written \(disk full\); give another folder"):
             scale(source, out, (0.5, 0.5))
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_relative_to(out)) == ["notes.txt", "out"]
     assert not list(tmp_path.glob(".*"))
+    with pytest.raises(InputError, match=r"notes\.txt/in: cannot be written"):
+        scale(source, out / "notes.txt" / "in", (0.5, 0.5))
     scale(source, out, (0.5, 0.5))
     assert (out / "notes.txt").read_text() == "mine" and (out / "comfyui" / LOW.file_name).is_file()
 

@@ -126,6 +126,21 @@ def test_a_hub_that_does_not_answer_holds_no_run_up(finished, hub, environment, 
     assert publisher.child is None and threading.active_count() <= before + 2
 
 
+def test_a_log_that_is_gone_fails_no_run(finished, hub, environment, capsys, monkeypatch):
+    environment(hub.url)
+    publisher = finished()
+    start = Publisher.start
+
+    def start_and_lose(self, folder: Path, message: str) -> None:
+        start(self, folder, message)
+        self.log.unlink()
+
+    monkeypatch.setattr(Publisher, "start", start_and_lose)
+    publisher.finish()
+    told = capsys.readouterr().out
+    assert "what came of the push is not known" in told and command_in(told) and hub.repositories["acme/look"].commits
+
+
 def test_training_is_the_same_with_pushes_that_fail(make_config, environment, capsys):
     environment(nobody())
     plain = train(make_config("run.name=plain"))

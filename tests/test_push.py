@@ -4,21 +4,26 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 from tests.fake_hub import FakeHub, cut_afterwards, fake_hub, status
-from tests.publishable import SECRET_PLACE, write_run
+from tests.publishable import A14B, SECRET_PLACE, write_run
 from train.config import Config
 from wan_finetune.cli import main, make_parser
 from wan_finetune.commands.push import again
+from wan_finetune.export import write_adapter_folder
+from wan_finetune.formats.reading import read_all
+from wan_finetune.serving.settings import ServingSettings
 
 # huggingface_hub hands a file to its client by an argument's older name.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -108,6 +113,24 @@ def test_every_example_of_the_page_runs(at_home, hub, serving, capsys):
         assert secret not in said.out + said.err and secret.encode() not in sent
 
 
+def test_what_is_pushed_to_be_served_is_served_as_it_was_trained(at_home, hub, tmp_path):
+    """With the real files of a Space and an endpoint."""
+    shutil.copytree(at_home / "runs" / "ember", tmp_path / "ember")
+    config = tmp_path / "ember" / "config.toml"
+    config.write_text(config.read_text().replace("[data]", '[data]\ncaption = "{caption}, {trigger}"'))
+    assert (
+        main(["push", str(tmp_path / "ember"), "acme/look", "--endpoint", "--space", "--space-name", "acme/demo"]) == 0
+    )
+    look, demo = hub.files("acme/look"), hub.files("acme/demo")
+    assert {"README.md", "high_noise.safetensors", "handler.py", "requirements.txt", "settings.json"} <= look.keys()
+    assert {"app.py", "README.md", "requirements.txt", "settings.json"} <= demo.keys()
+    for files, adapter in ((look, ""), (demo, "acme/look")):
+        settings = ServingSettings.model_validate_json(files["settings.json"])
+        assert (settings.base, settings.adapter, settings.template) == (A14B, adapter, "{caption}, {trigger}")
+        assert files["wan_finetune/serving/generator.py"] and not any("__pycache__" in name for name in files)
+    assert len(hub.repositories["acme/look"].commits) == len(hub.repositories["acme/demo"].commits) == 1
+
+
 def test_the_pages_tables_and_python_are_as_the_code_has_them(hub, capsys):
     (table,) = re.findall(r"```toml\n(.*?)```", PAGE, re.S)
     tables = tomllib.loads((ROOT / "configs" / "a14b.toml").read_text()) | tomllib.loads(table)
@@ -133,6 +156,17 @@ def test_a_dry_run_shows_names_and_sizes_and_sends_nothing(at_home, hub, monkeyp
     file = at_home / "runs" / "ember" / "adapter" / "low_noise.safetensors"
     assert listed["low_noise.safetensors"] == file.stat().st_size and len(listed) == 10
     assert not hub.requests
+
+
+def test_a_card_of_another_licence_than_the_files_say_is_warned_of(at_home, tmp_path, hub, capsys):
+    pair = read_all(at_home / "runs" / "ember" / "adapter")
+    write_adapter_folder(
+        tmp_path / "look", [replace(each, about={**each.about, "licence": "apache-2.0"}) for each in pair]
+    )
+    for licence, warnings in (("mit", 1), ("apache-2.0", 0)):
+        assert main(["push", str(tmp_path / "look"), "acme/look", "--license", licence, "--dry-run"]) == 0
+        said = capsys.readouterr().err
+        assert said.count("the adapter's files say apache-2.0") == warnings
 
 
 def test_the_result_is_on_stdout_and_the_same_again_says_so(at_home, hub, capsys):

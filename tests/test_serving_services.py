@@ -236,6 +236,8 @@ def test_the_container_lets_this_machine_in_alone_and_runs_as_nobody_special():
 
     compose = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["wan"]
     assert compose["ports"] == ["127.0.0.1:7861:7861"] and "FRAME_FILTER" not in str(compose.get("command"))
+    switches = {PROMPT_SWITCH, FRAME_SWITCH, TERMS_FILE, ENVIRONMENT["base"], ENVIRONMENT["trigger"]}
+    assert switches <= compose["environment"].keys(), "set in the shell, and without effect"
     assert docker_lines("USER") == ["serve"] and docker_lines("EXPOSE") == ["7861"]
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     copied = {name for line in docker_lines("COPY") for name in line.split()[:-1]}

@@ -23,9 +23,10 @@ class HubSettings(Settings):
     language: Literal["en", "zh"] = "en"
     """Of the card."""
     license: str = Field("apache-2.0", pattern=r"[a-z0-9][a-z0-9.-]*")
-    """Of the adapter, as the Hub names licences."""
-    wait_seconds: float = Field(120.0, ge=1, le=7200)
-    """How long the finished run waits for its push; then the push is ended and the command is told."""
+    """Of the adapter, as the Hub names licences; its files and the card say it, pushed or not."""
+    wait_seconds: float = Field(1800.0, ge=1, le=7200)
+    """How long the finished run waits for its push; then the push is ended and the command is told. A Hub that fails
+    holds it up for two minutes at the most; the rest is for bytes that move, of A14B at rank 32 2.3 GiB."""
 
     @field_validator("repo")
     @classmethod

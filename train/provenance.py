@@ -48,6 +48,7 @@ def facts_of_expert(config: Config, name: ExpertName, step: int) -> dict[str, st
         "training_shift": repr(config.expert(name).flow.shift),
         "sampling_shift": repr(config.sampling.shift),
         "fps": repr(config.data.fps),
+        "licence": config.hub.license,
         "configuration": configuration_hash(config, name),
         "toolkit": f"wan-finetune {__version__}",
     }

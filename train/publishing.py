@@ -100,8 +100,8 @@ class Publisher:
         if self.child is not None and self.child.poll() is None:
             say(f"the Hub: left out ({message}), the push before it is still under way")
             return False
-        self.report()
         try:
+            self.report()
             shutil.rmtree(self.folder, ignore_errors=True)
             found = adapters()
             write_adapter_folder(self.folder, found)
@@ -151,14 +151,14 @@ class Publisher:
             self.start(self.config.run_folder, "Adapter, card and samples")
             assert self.child is not None
             self.child.wait(self.settings.wait_seconds)
+            if not self.report():
+                say(f"the run is whole. By hand: {command}")
         except subprocess.TimeoutExpired:
             waited = f"{time.monotonic() - began:.0f} s"
             say(f"the Hub: not done after {waited} and ended; the run is whole. By hand: {command}")
         except OSError as error:
-            say(f"the Hub: nothing was pushed ({error}); the run is whole. By hand: {command}")
-        else:
-            if not self.report():
-                say(f"the run is whole. By hand: {command}")
+            # Of the start, or of the log of a push that may have gone well.
+            say(f"the Hub: what came of the push is not known ({error}); the run is whole. By hand: {command}")
         finally:
             self.end_child()
         shutil.rmtree(self.folder, ignore_errors=True)

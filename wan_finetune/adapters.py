@@ -86,9 +86,11 @@ class Adapter:
         """
         if not self.weights:
             raise InputError(f"{source}: holds no LoRA weights")
-        # Of a negative one diffusers' conversion of ComfyUI's format never ends.
-        if odd := [alpha for alpha in self.alphas_used if not 0 < alpha < math.inf]:
-            raise InputError(f"{source}: alpha is {odd[0]:g}, and only a number above 0 can be loaded everywhere")
+        # Of a negative one diffusers' conversion of ComfyUI's format never ends; the format has it in fp32.
+        if odd := [alpha for alpha in self.alphas_used if not 0 < torch.tensor(alpha, dtype=torch.float32) < math.inf]:
+            raise InputError(
+                f"{source}: alpha is {odd[0]:g}, and only a number above 0 that fp32 can hold is loaded everywhere"
+            )
         parts = ["A.weight", "B.weight", "magnitude_vector"] if self.dora else ["A.weight", "B.weight"]
         for name, value in self.weights.items():
             match = WEIGHT_NAME.fullmatch(name)

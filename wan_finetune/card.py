@@ -17,7 +17,7 @@ from .spec import NUM_TRAIN_TIMESTEPS
 BOUNDARY = 0.875
 """The noise level from which the high-noise expert is called, of an adapter that does not say it: Wan2.2-T2V-A14B's."""
 LICENSE = "apache-2.0"
-"""Of an adapter unless another is named: that of Wan's models."""
+"""Of an adapter that says none, unless another is named: that of Wan's models."""
 
 
 def make_card(
@@ -26,7 +26,7 @@ def make_card(
     repo: str | None = None,
     base: str | None = None,
     language: Language = "en",
-    license: str = LICENSE,
+    license: str | None = None,
     clips: Mapping[Path, str] | None = None,
 ) -> str:
     """A card as Markdown with its metadata in front.
@@ -34,6 +34,7 @@ def make_card(
     Args:
         repo: `user/repo` that the code loads from; left out: the folder that holds the card.
         base: the base model's name; left out: what the adapter says of itself.
+        license: of the adapter, as the Hub names it; left out: what the adapter says of itself.
         clips: path of a clip -> its place beside the card; left out: `samples/NAME`.
 
     Raises:
@@ -45,6 +46,7 @@ def make_card(
             f"{artefacts.adapter_folder}: does not say of which base it is; say it with --base, such as "
             "--base Wan-AI/Wan2.2-T2V-A14B-Diffusers"
         )
+    license = license or artefacts.about.get("licence", LICENSE).lower()
     places = {
         path: (clips or {}).get(path, f"samples/{path.name}")
         for clip in artefacts.clips
@@ -147,7 +149,9 @@ def use(artefacts: Artefacts, repo: str | None, base: str, text: Texts) -> Itera
         yield f"```python\nfrom wan_finetune import load_pipeline\n\n{call}\n```"
     if artefacts.beside:
         yield f"## {text.comfyui}"
-        yield fill(text.comfyui_single if single else text.comfyui_two, shift=f"{artefacts.sampling.shift:g}")
+        one_of_two = text.comfyui_single if single else text.comfyui_one_of_two
+        words = text.comfyui_two if len(artefacts.experts) == 2 else one_of_two
+        yield fill(words, shift=f"{artefacts.sampling.shift:g}", expert=text.experts[artefacts.experts[0]])
 
 
 def code(artefacts: Artefacts, repo: str | None, base: str, text: Texts) -> str:

@@ -28,6 +28,7 @@ class Texts:
     toolkit_use: str
     comfyui: str
     comfyui_two: str
+    comfyui_one_of_two: str
     comfyui_single: str
     trained: str
     figures: str
@@ -72,6 +73,8 @@ the wrong denoiser. `flow_shift` and both guidance scales are those of the sampl
     comfyui_two="""Put the files of `comfyui/` into `models/loras`, under two names. Give `high_noise` to the
 *LoraLoaderModelOnly* behind the high-noise model and `low_noise` to the one behind the low-noise model, strength 1
 each, and set *ModelSamplingSD3* of both to shift $shift.""",
+    comfyui_one_of_two="""Put the file of `comfyui/` into `models/loras`, load it with *LoraLoaderModelOnly* behind the
+model of the $expert, strength 1, and set *ModelSamplingSD3* of both models to shift $shift. The other gets no LoRA.""",
     comfyui_single="""Put the file of `comfyui/` into `models/loras`, load it with *LoraLoaderModelOnly*, strength 1,
 and set *ModelSamplingSD3* to shift $shift.""",
     trained="How it was trained",
@@ -139,6 +142,8 @@ CHINESE = Texts(
     comfyui="在 ComfyUI 中使用",
     comfyui_two="""把 `comfyui/` 里的两个文件放进 `models/loras`，各取一名。高噪声模型之后的 *LoraLoaderModelOnly* 用
 `high_noise`，低噪声模型之后的用 `low_noise`，强度都是 1；两边的 *ModelSamplingSD3* 的 shift 都设为 $shift。""",
+    comfyui_one_of_two="""把 `comfyui/` 里的文件放进 `models/loras`，在$expert的模型之后用 *LoraLoaderModelOnly* 加载，
+强度 1，两边的 *ModelSamplingSD3* 的 shift 都设为 $shift。另一个模型不加载 LoRA。""",
     comfyui_single="""把 `comfyui/` 里的文件放进 `models/loras`，用 *LoraLoaderModelOnly* 加载，强度 1，并把
 *ModelSamplingSD3* 的 shift 设为 $shift。""",
     trained="训练方式",

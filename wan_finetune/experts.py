@@ -6,13 +6,13 @@ Wan2.1, has a single expert for all noise levels, which is its `transformer`.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .errors import InputError
+from .weight_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -79,15 +79,16 @@ def base_folder(base: str, components: Sequence[str] = (), revision: str | None 
         folder = fetch(base, components, revision)
     else:
         raise InputError(
-            f"model.base: {base!r} is neither a folder nor a Hub repository (user/name); "
+            f"base model {base!r} is neither a folder nor a Hub repository (user/name); "
             'use "pocket", a diffusers folder, or "Wan-AI/Wan2.2-T2V-A14B-Diffusers"'
         )
     if not (folder / "model_index.json").is_file():
-        raise InputError(f"model.base: {folder} has no model_index.json, so it is not a diffusers pipeline folder")
+        raise InputError(f"base model {folder} has no model_index.json, so it is not a diffusers pipeline folder")
     for component in components:
         if not (folder / component).is_dir():
-            hint = '; a model with one denoiser takes train.experts = ["single"]' if component == LOW.component else ""
-            raise InputError(f"model.base: {folder} has no {component}/, which this job needs{hint}")
+            one = '; a model with one denoiser takes train.experts = ["single"] in training'
+            hint = one if component == LOW.component else ""
+            raise InputError(f"base model {folder} has no {component}/, which this job needs{hint}")
     return folder
 
 
@@ -101,15 +102,14 @@ def fetch(repository: str, components: Sequence[str], revision: str | None) -> P
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"model.base: {repository!r} could not be had from the Hub ({type(error).__name__}); check the name, "
+            f"base model {repository!r} could not be had from the Hub ({type(error).__name__}); check the name, "
             "the connection and your login, or give a local diffusers folder"
         ) from error
 
 
 def boundary_ratio(folder: Path) -> float | None:
     """The noise level at which the pipeline hands over from the high expert to the low one; None with one denoiser."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    boundary = index.get("boundary_ratio")
+    boundary = read_json(folder / "model_index.json").get("boundary_ratio")
     return None if boundary is None else float(boundary)
 
 

@@ -5,7 +5,8 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .sampling import SamplingSettings
 
 BESIDE = ("comfyui",)
 """Folders beside the adapter with the same adapter in another format."""
+MANIFEST = Path("samples", "final", "adapter", "manifest.json")
+"""In a run's folder: how the final samples were made."""
 CLIP_NAME = re.compile(r"(\d{2,}-\d+)-(base|adapter)\.mp4")
 PATHS = re.compile(r"(?<![\w.:/])(?:/(?:home|Users|root|mnt|data|workspace|work|tmp|var|opt|scratch)/|[A-Za-z]:\\)\S+")
 """What looks like a place on somebody's machine."""
@@ -47,7 +50,7 @@ class Artefacts:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     """Figures of `evaluation.json`: numbers under their names, nothing else."""
     held_out: Mapping[ExpertName, tuple[float, float]] = field(default_factory=dict)
-    """Expert -> last held-out loss of the base and with the adapter."""
+    """Expert -> held-out loss of the base and with the adapter, as it was at the adapter's step."""
     configuration: Mapping[str, Any] = field(default_factory=dict)
     """The run's `config.toml`; the card takes an allow-list of it."""
 
@@ -69,7 +72,7 @@ def read_artefacts(folder: Path, sampling: SamplingSettings | None = None) -> Ar
         sampling: what the adapter is sampled with, where no clips say it.
 
     Raises:
-        InputError: there is no adapter, or it is damaged, or of the wrong expert.
+        InputError: there is no adapter, or it is of the wrong expert; or that or what a run has beside it is damaged.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give an adapter folder, or a run's folder such as runs/NAME")
@@ -81,25 +84,46 @@ def read_artefacts(folder: Path, sampling: SamplingSettings | None = None) -> Ar
         raise InputError(f"{folder}: holds no adapter to push; of {names} it has {len(found)}")
     adapters, beside = [], {}
     for expert in found:
-        adapter = read_file(adapter_folder / expert.file_name, expert.name)
-        adapter.check(str(adapter_folder / expert.file_name))
-        adapters.append(adapter)
+        adapters.append(read_file(adapter_folder / expert.file_name, expert.name))
         for name in BESIDE:
             file = adapter_folder / name / expert.file_name
             if file.is_file():
-                read_file(file, expert.name).check(str(file))
+                read_file(file, expert.name)
                 beside[f"{name}/{expert.file_name}"] = file
-    clips, manifest = read_clips(run / "samples" / "final") if run else ([], {})
+    clips: list[Clip] = []
+    evaluation: dict[str, Any] = {}
+    held_out: dict[ExpertName, tuple[float, float]] = {}
+    configuration: dict[str, Any] = {}
+    if run:
+        with damage_told(run / MANIFEST):
+            clips, manifest = read_clips(run / MANIFEST)
+            sampling = sampling_of(manifest, adapters[0]) if manifest else sampling
+        evaluation = numbers(read_json(run / "evaluation.json"))
+        with damage_told(run / "validation.jsonl"):
+            held_out = read_held_out(run / "validation.jsonl", adapters)
+        with damage_told(run / "config.toml"):
+            configuration = read_configuration(run / "config.toml")
     return Artefacts(
         adapter_folder=adapter_folder,
         adapters=adapters,
         beside=beside,
         clips=clips,
-        sampling=sampling_of(manifest, adapters[0]) if sampling is None or manifest else sampling,
-        evaluation=numbers(read_json(run / "evaluation.json")) if run else {},
-        held_out=read_held_out(run / "validation.jsonl") if run else {},
-        configuration=read_configuration(run / "config.toml") if run else {},
+        sampling=sampling or sampling_of({}, adapters[0]),
+        evaluation=evaluation,
+        held_out=held_out,
+        configuration=configuration,
     )
+
+
+@contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """What cannot be read of a run's file is told of as such."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: is not as a run writes it; make it again, or remove it") from None
 
 
 def sampling_of(manifest: Mapping[str, Any], adapter: Adapter) -> SamplingSettings:
@@ -116,16 +140,16 @@ def sampling_of(manifest: Mapping[str, Any], adapter: Adapter) -> SamplingSettin
     )
 
 
-def read_clips(folder: Path) -> tuple[list[Clip], dict[str, Any]]:
-    """The final samples, base beside adapter, and their manifest."""
-    manifest = read_json(folder / "adapter" / "manifest.json")
+def read_clips(path: Path) -> tuple[list[Clip], dict[str, Any]]:
+    """The final samples, base beside adapter, and their manifest, which is at `path`."""
+    manifest = read_json(path)
     clips = []
     for each in manifest.get("clips", []):
-        file = folder / "adapter" / Path(each["file"]).name
+        file = path.parent / Path(each["file"]).name
         match = CLIP_NAME.fullmatch(file.name)
         if match is None or not file.is_file():
             continue
-        base = folder / "base" / f"{match[1]}-base.mp4"
+        base = path.parent.parent / "base" / f"{match[1]}-base.mp4"
         clips.append(
             Clip(prompt=each["prompt"], seed=each["seed"], adapter=file, base=base if base.is_file() else None)
         )
@@ -166,13 +190,13 @@ def numbers(value: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def read_held_out(path: Path) -> dict[ExpertName, tuple[float, float]]:
-    """The last validation of each expert: the base's loss and the adapter's."""
+def read_held_out(path: Path, adapters: Sequence[Adapter]) -> dict[ExpertName, tuple[float, float]]:
+    """Each adapter's validation: the base's loss and its own. Of the step that it is of, which need not be the last."""
     found: dict[ExpertName, tuple[float, float]] = {}
+    steps = {adapter.expert: adapter.about.get("steps") for adapter in adapters}
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for line in lines:
-        each = json.loads(line)
-        if each.get("step"):
+    for each in map(json.loads, lines):
+        if each["step"] and str(each["step"]) == steps.get(each["expert"]):
             found[each["expert"]] = (each["base_loss"], each["loss"])
     return found
 

@@ -6,14 +6,13 @@ from pathlib import Path
 from .adapters import Adapter
 from .errors import InputError
 from .experts import EXPERTS, HIGH, LOW
-from .export import write_adapter_folder
 from .formats.reading import read_expert
+from .operations.facts import SAMPLED_WITH
+from .operations.sources import write_adapters
 from .pipeline import read_adapters
 
 SHARED = ("base", "trigger")
 """Facts in which two halves of one adapter must agree."""
-SAMPLED_WITH = ("sampling_shift", "fps")
-"""Facts of which a pipeline can follow one half only."""
 
 
 def pair(high: Path, low: Path, out: Path) -> list[Path]:
@@ -25,7 +24,8 @@ def pair(high: Path, low: Path, out: Path) -> list[Path]:
         out: where they go; must hold no adapter yet.
 
     Raises:
-        InputError: when one is missing or the other expert's, or they are of different bases or triggers.
+        InputError: when one is missing or the other expert's, or they are of different bases or triggers, or
+            `out` cannot take them; nothing is written then.
     """
     adapters = [read_expert(high, HIGH.name), read_expert(low, LOW.name)]
     for fact in SHARED:
@@ -38,9 +38,7 @@ def pair(high: Path, low: Path, out: Path) -> list[Path]:
     sizes = [module_sizes(adapter) for adapter in adapters]
     if odd := sorted(module for module in sizes[0].keys() & sizes[1].keys() if sizes[0][module] != sizes[1][module]):
         raise InputError(f"{high} and {low} are no pair: {odd[0]} has another size, so their bases differ")
-    if there := next((expert for expert in EXPERTS.values() if (out / expert.file_name).exists()), None):
-        raise InputError(f"{out}: already holds {there.file_name}; give another folder")
-    return write_adapter_folder(out, adapters)
+    return write_adapters(out, adapters)
 
 
 def module_sizes(adapter: Adapter) -> dict[str, tuple[int, int]]:

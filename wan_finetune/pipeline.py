@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from safetensors import SafetensorError
 
 from .errors import InputError
 from .experts import EXPERTS, LOW, base_folder, boundary_ratio
@@ -52,8 +53,12 @@ def load_pipeline(
     if boundary_ratio(folder) is not None:
         folder = base_folder(base, (*COMPONENTS, LOW.component), revision)
     adapters = read_adapters(adapter) if adapter is not None else []
-    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
-    pipe = WanPipeline.from_pretrained(folder, vae=vae, dtype=dtype)
+    try:
+        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
+        pipe = WanPipeline.from_pretrained(folder, vae=vae, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"base model {base!r} cannot be opened ({reason}); fetch or convert it again") from error
     recorded = next((a.about["sampling_shift"] for a in adapters if "sampling_shift" in a.about), None)
     if shift is None and recorded is not None:
         shift = float(recorded)
@@ -107,12 +112,18 @@ def adapter_source(source: str | Path) -> Path:
         return Path(source)
     names = [file_format.file_name(expert) for file_format in FORMATS.values() for expert in EXPERTS.values()]
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[*names, peft.WEIGHTS, f"*{peft.CONFIG}"]))
+        folder = Path(snapshot_download(str(source), allow_patterns=[*names, peft.WEIGHTS, f"*{peft.CONFIG}"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"adapter {str(source)!r} is neither a path here nor a repository that can be had "
             f"({type(error).__name__}); check the name and your login"
         ) from error
+    if not any(folder.rglob("*.safetensors")):
+        raise InputError(
+            f"adapter {str(source)!r}: the repository has none of {', '.join(dict.fromkeys(names))}; fetch the "
+            "file that it has, and name that"
+        )
+    return folder
 
 
 def add_adapters(pipe: WanPipeline, adapters: "Sequence[Adapter]", strength: float | tuple[float, float] = 1.0) -> None:

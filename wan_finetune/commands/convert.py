@@ -55,8 +55,8 @@ def convert_command(arguments: argparse.Namespace) -> None:
     from ..convert.shards import parse_size
 
     quiet_libraries()
-    if arguments.flow_shift is not None and not arguments.flow_shift > 0:
-        raise InputError(f"--flow-shift must be positive, got {arguments.flow_shift}")
+    if arguments.flow_shift is not None and not 0 < arguments.flow_shift < float("inf"):
+        raise InputError(f"--flow-shift must be a number above 0, got {arguments.flow_shift:g}")
     settings = ConvertSettings(
         checkpoint=arguments.checkpoint,
         out=arguments.out,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from .sample import one_or_two
 
 if TYPE_CHECKING:
     from ..adapters import Adapter
@@ -32,8 +33,7 @@ def export_merged(arguments: argparse.Namespace, adapters: "Sequence[Adapter]") 
 
     if not arguments.base:
         raise InputError("--format merged needs --base, the model that the adapter is merged into")
-    if len(arguments.strength) > 2:
-        raise InputError(f"--strength takes one number, or two (high low), got {len(arguments.strength)}")
+    strengths = one_or_two(arguments.strength, "--strength")
     folder = base_folder(arguments.base, (), arguments.revision)
     folder = base_folder(arguments.base, components_of(folder), arguments.revision)
     return write_merged(
@@ -41,7 +41,7 @@ def export_merged(arguments: argparse.Namespace, adapters: "Sequence[Adapter]") 
         adapters,
         arguments.out,
         dtype=DTYPES[arguments.dtype],
-        strengths=(arguments.strength[0], arguments.strength[-1]),
+        strengths=strengths,
         name=Path(arguments.base).name if Path(arguments.base).is_dir() else arguments.base,
         link=not arguments.copy,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..operations.methods import METHODS
+from .sample import one_or_two
 
 
 def add_to(commands: Any) -> None:
@@ -109,6 +110,4 @@ def scale_command(arguments: argparse.Namespace) -> None:
     be_quiet()
     from ..operations.scaling import scale
 
-    if len(arguments.strength) > 2:
-        raise InputError(f"--strength takes one number, or two (high low), got {len(arguments.strength)}")
-    say(scale(arguments.source, arguments.out, (arguments.strength[0], arguments.strength[-1])))
+    say(scale(arguments.source, arguments.out, one_or_two(arguments.strength, "--strength")))

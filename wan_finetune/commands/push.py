@@ -22,7 +22,7 @@ def add_to(commands: Any) -> None:
     pushing.add_argument("repo", metavar="user/repo", help="repository on the Hub; made where there is none")
     pushing.add_argument("--public", action="store_true", help="everybody may see it; without this it is private")
     pushing.add_argument("--lang", choices=["en", "zh"], default="en", help="language of the card")
-    pushing.add_argument("--license", default="apache-2.0", help="of the adapter, as the Hub names licences")
+    pushing.add_argument("--license", help="as the Hub names it; left out: what the adapter says, else apache-2.0")
     pushing.add_argument("--base", help="the base model's repository, where the adapter does not name it")
     pushing.add_argument("--keep-card", action="store_true", help="leave the card that the repository has")
     pushing.add_argument("--branch", help="instead of main; made where there is none")
@@ -88,6 +88,9 @@ def model_files(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[s
     from ..card import make_card
     from ..hub_files import repository_files
 
+    said = artefacts.about.get("licence", "")
+    if arguments.license and said and said.lower() != arguments.license.lower():
+        tell(f"warning: the card will say {arguments.license}, and the adapter's files say {said} of themselves")
     card = make_card(
         artefacts, repo=arguments.repo, base=arguments.base, language=arguments.lang, license=arguments.license
     )
@@ -103,7 +106,7 @@ def endpoint(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[str,
         return {}
     from ..serving.files import endpoint_files
 
-    return dict(endpoint_files(base=arguments.base or artefacts.about["base"]))
+    return dict(endpoint_files(base=arguments.base or artefacts.about["base"], **composing(artefacts)))
 
 
 def demo_files(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[str, Path | bytes]:
@@ -120,8 +123,17 @@ def demo_files(artefacts: "Artefacts", arguments: argparse.Namespace) -> dict[st
             # The Space puts the trigger before every prompt itself.
             examples=list(dict.fromkeys(clip.prompt.removeprefix(trigger).lstrip(" ,，") for clip in artefacts.clips)),
             lang=arguments.lang,
+            **composing(artefacts),
         )
     )
+
+
+def composing(artefacts: "Artefacts") -> dict[str, str]:
+    """How trigger and prompt become one text, where a run's configuration says it, so that serving does as training."""
+    from ..captions import DEFAULT_TEMPLATE
+
+    template = artefacts.configuration.get("data", {}).get("caption", DEFAULT_TEMPLATE)
+    return {} if template == DEFAULT_TEMPLATE else {"template": template}
 
 
 def show(target: Any, files: dict[str, Path | bytes]) -> None:
@@ -147,7 +159,7 @@ def again(arguments: argparse.Namespace) -> str:
     options = [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name)]
     usual = {
         "lang": "en",
-        "license": "apache-2.0",
+        "license": None,
         "message": MESSAGE,
         "base": None,
         "branch": None,

@@ -46,7 +46,7 @@ def refuse_existing(out: Path) -> None:
     """Nothing that exists is written over.
 
     Raises:
-        InputError: `out` is there already, or its parent is not.
+        InputError: `out` is there already, or is no name for a folder.
     """
     if out.exists():
         raise InputError(f"{out}: exists already; give another folder, or remove it")

@@ -37,20 +37,6 @@ class Denoiser:
     config: Path | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """Where each part of a pipeline comes from."""
-
-    denoisers: tuple[Denoiser, ...]
-    """One, or the high-noise and the low-noise one."""
-    text_encoder: Path | None = None
-    vae: Path | None = None
-    tokenizer: Path | None = None
-    """A folder; None where it is inside the text encoder's file."""
-    components: Path | None = None
-    """A diffusers folder for the parts that are None."""
-
-
 def find_denoisers(checkpoint: Path, high: Path | None, low: Path | None) -> tuple[Denoiser, ...]:
     """The denoiser of a checkpoint, or its two experts, high noise first.
 

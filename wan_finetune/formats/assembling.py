@@ -24,6 +24,8 @@ NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules", "target
 """Fields of PEFT beside which `target_modules` do not say which modules carry LoRA."""
 STARTS_IN_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT's starts that change the base, so that the weights alone are no update of it."""
+SAID_BY_EXPORT = "`wan-finetune export` takes it, and writes a file that says it itself"
+"""Where an option is to be had, since not every command that reads adapters has it."""
 NO_ALPHA = "alpha not in the file: taken as rank"
 
 
@@ -63,7 +65,8 @@ def assemble(
     lost = not config and not held.alphas and recorded not in (None, listed(adapter.alphas_used))
     if lost and alpha is None:
         raise InputError(
-            f"{path}: was written with alpha {shown(str(recorded), 40)} and has lost it; say it by --alpha"
+            f"{path}: was written with alpha {shown(str(recorded), 40)} and has lost it; say it by --alpha: "
+            f"{SAID_BY_EXPORT}"
         )
     adapter = scaled(adapter, held, alpha, path, bool(config) or (recorded is not None and not lost))
     if named and not config:
@@ -196,7 +199,7 @@ def checked_expert(path: Path, said: str | None, wanted: ExpertName | None) -> E
         if wanted is None:
             guess = re.search(r"(high|low)[_-]?noise", path.name.lower())
             hint = f"its name means --expert {guess[1]}" if guess else "say it with --expert high, low or single"
-            raise InputError(f"{path}: does not say of which expert it is; {hint}")
+            raise InputError(f"{path}: does not say of which expert it is; {hint}: {SAID_BY_EXPORT}")
         return wanted
     known = next((name for name in EXPERTS if name == said), None)
     if known is None:

@@ -1,8 +1,9 @@
 """Adapters written in a format, proved before they are put in place: all of them, or nothing."""
 
+import filecmp
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ def export(adapters: Sequence[Adapter], file_format: FileFormat, out: Path) -> l
     """Write each adapter's files into a folder; each was read back and says the same update.
 
     Raises:
-        InputError: when the format cannot say one of them, or the folder cannot be written to; nothing is put in place
-            then.
+        InputError: when the format cannot say one of them, or the folder cannot be written to or holds other files of
+            these names; nothing is put in place then.
     """
     for adapter in adapters:
         title = EXPERTS[adapter.expert].title
@@ -36,19 +37,21 @@ def export(adapters: Sequence[Adapter], file_format: FileFormat, out: Path) -> l
             path = staging / file_format.file_name(EXPERTS[adapter.expert])
             file_format.write(path, adapter)
             require_same_update(file_format.read(path, adapter.expert), adapter, path.name)
-        put_in_place(staging, out)
+        moves = {path: out / path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
+        if other := [new for old, new in moves.items() if new.exists() and not filecmp.cmp(old, new, shallow=False)]:
+            raise InputError(f"{out}: already holds another {min(other).relative_to(out)}; give another folder")
+        put_in_place(moves)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = str(getattr(error, "strerror", None) or error)
         raise InputError(f"{out}: cannot be written ({reason}); give another folder, or free some room") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return [out / file_format.file_name(EXPERTS[adapter.expert]) for adapter in adapters]
 
 
-def put_in_place(staging: Path, out: Path) -> None:
+def put_in_place(moves: Mapping[Path, Path]) -> None:
     """Move files to where they belong; weights last, so that who waits for them finds what belongs beside them."""
-    for path in sorted((p for p in staging.rglob("*") if p.is_file()), key=lambda p: (p.suffix == ".safetensors", p)):
-        target = out / path.relative_to(staging)
+    for path, target in sorted(moves.items(), key=lambda move: (move[0].suffix == ".safetensors", move)):
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
 

@@ -15,7 +15,6 @@ DIFFUSERS_TO_ORIGINAL = {
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
 }
-ORIGINAL_TO_DIFFUSERS = {original: name for name, original in DIFFUSERS_TO_ORIGINAL.items()}
 DIFFUSERS_TO_FASTVIDEO = {
     "attn1.to_q": "to_q",
     "attn1.to_k": "to_k",

@@ -16,15 +16,6 @@ FORMATS: dict[str, FileFormat] = {
 }
 
 
-def format_of(path: Path) -> str:
-    """Name of a file's format.
-
-    Raises:
-        InputError: for a damaged file, or one of no format that is read here.
-    """
-    return recognised(open_adapter(path)).name
-
-
 def recognised(opened: Opened) -> FileFormat:
     """The format of an opened file.
 

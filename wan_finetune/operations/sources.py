@@ -45,14 +45,24 @@ def require_free(out: Path) -> None:
 
 
 def write_adapters(out: Path, adapters: Sequence[Adapter]) -> list[Path]:
-    """Write an adapter folder whole or not at all, read back to the bit."""
+    """Write an adapter folder whole or not at all, read back to the bit.
+
+    Raises:
+        InputError: when it holds an adapter, or cannot be written to.
+    """
+    from safetensors import SafetensorError
+
     from ..export import require_equal, write_adapter_folder
 
     require_free(out)
-    with beside(out) as partial:
-        written = write_adapter_folder(partial, adapters)
-        for adapter in adapters:
-            require_equal(read_expert(partial, adapter.expert), adapter, partial)
+    try:
+        with beside(out) as partial:
+            written = write_adapter_folder(partial, adapters)
+            for adapter in adapters:
+                require_equal(read_expert(partial, adapter.expert), adapter, partial)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{out}: cannot be written ({reason}); give another folder, or free some room") from None
     return [out / path.relative_to(partial) for path in written]
 
 

@@ -22,7 +22,7 @@ POCKET_SAMPLING = {
 
 
 def space_files(
-    *, base: str, adapter_repo: str, trigger: str, title: str, examples: list[str], lang: str
+    *, base: str, adapter_repo: str, trigger: str, title: str, examples: list[str], lang: str, **more: str
 ) -> dict[str, bytes]:
     """Path -> content of a Gradio Space that shows an adapter.
 
@@ -33,6 +33,7 @@ def space_files(
         title: one line.
         examples: prompts to offer, without the trigger.
         lang: `en` or `zh`, of the labels.
+        more: further keys of `ServingSettings`, such as `template`.
 
     Raises:
         InputError: for a base or adapter that a Space cannot fetch, or another language.
@@ -40,7 +41,7 @@ def space_files(
     check_repository("base", base)
     check_repository("adapter", adapter_repo)
     table = serving_table(
-        base, adapter=adapter_repo, trigger=trigger, title=" ".join(title.split()), examples=examples, lang=lang
+        base, adapter=adapter_repo, trigger=trigger, title=" ".join(title.split()), examples=examples, lang=lang, **more
     )
     folder = LIBRARY / "serving" / "space"
     return {
@@ -52,8 +53,12 @@ def space_files(
     }
 
 
-def endpoint_files(*, base: str) -> dict[str, bytes]:
+def endpoint_files(*, base: str, **more: str) -> dict[str, bytes]:
     """Path -> content of what lies beside an adapter's files so that an Inference Endpoint serves it.
+
+    Args:
+        base: as for a Space.
+        more: further keys of `ServingSettings`, such as `template`.
 
     Raises:
         InputError: for a base that an endpoint cannot fetch.
@@ -63,7 +68,7 @@ def endpoint_files(*, base: str) -> dict[str, bytes]:
     return {
         "handler.py": (folder / "handler.py").read_bytes(),
         "requirements.txt": (folder / "requirements.txt").read_bytes(),
-        FILE_NAME: as_json(serving_table(base)),
+        FILE_NAME: as_json(serving_table(base, **more)),
         **library_files(with_pocket_model=base == "pocket"),
     }
 
