@@ -304,6 +304,8 @@ test)
     shift
     install train,test
     install_browser
+    # The whole of it on every core, a file at a time; arguments go to pytest as they are.
+    (($#)) || set -- --numprocesses logical --maxprocesses 4 --dist loadfile
     exec .venv/bin/python -m pytest "$@"
     ;;
 *) train "$@" ;;

@@ -199,6 +199,14 @@ def test_a_wrong_first_argument_stops_before_anything_is_installed(checkout, arg
     assert not (checkout.root / ".venv").exists()
 
 
+def test_the_whole_suite_runs_on_every_core_a_file_at_a_time(checkout):
+    checkout.install()
+    write_script(checkout.tools / "chromium", "#!/bin/sh\n")
+    assert checkout.run("test").returncode == 0
+    (call,) = checkout.calls()
+    assert call["argv"][:2] == ["-m", "pytest"] and call["argv"][-2:] == ["--dist", "loadfile"]
+
+
 def test_test_hands_its_arguments_to_pytest(checkout):
     checkout.install()
     write_script(checkout.tools / "chromium", "#!/bin/sh\n")
