@@ -230,14 +230,20 @@ FAKE_SRUN = """\
 # Runs the command as a machine's task would, and passes a signal on as srun does.
 shift # --kill-on-bad-exit
 export SLURM_NODEID=1
-"$@" &
 trap 'kill -USR1 $!' USR1
+"$@" &
 while kill -0 $! 2>/dev/null; do wait $! || status=$?; done
 exit "$status"
 """
 FAKE_SCONTROL = """\
 #!/usr/bin/env bash
-if [[ $1 == show ]]; then printf 'node-a\\nnode-b\\n'; else echo "$@" >requeued; fi
+if [[ $1 == show ]]; then
+    echo node-a
+    sleep 0.2 # whoever reads one line alone is gone by now
+    echo node-b
+else
+    echo "$@" >requeued
+fi
 """
 FAKE_ACCELERATE = """\
 #!/usr/bin/env bash

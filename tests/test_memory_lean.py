@@ -216,6 +216,8 @@ def test_a_block_of_another_formula_is_left_as_it_is_and_said_so(base, monkeypat
     try:
         fitting = Fitting(with_lora(load(base)), MemorySettings(), CPU, autocast=True)
         assert "not the one that was checked" in fitting.note
+        kept = Fitting(with_lora(load(base)), MemorySettings(checkpointing="none"), CPU, autocast=True)
+        assert not kept.note  # stock blocks were asked for
         assert_same(*of_both(monkeypatch, lambda: with_lora(load(base))))
 
         def longer(self, hidden_states, encoder_hidden_states, temb, rotary_emb, more=None): ...

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.tiny_runs import close, train
 from train.engine import make_accelerator
@@ -91,6 +92,24 @@ def test_a_rehearsal_splits_before_the_first_step_and_moves_nothing(make_trainer
     assert seen == [4, 2, 2] and rehearsed.state.step == 0
     assert all(parameter.grad is None for parameter in rehearsed.parameters)
     assert rehearsed.take_step().loss == pytest.approx(plain.take_step().loss, rel=1e-6)
+
+
+def test_a_rehearsal_tries_the_largest_batch_of_each_checkpointing_policy(make_trainer, shared, tmp_path):
+    for number in range(4):
+        Image.new("RGB", (64, 64), (60 * number, 20, 90)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a wall")
+    trainer = make_trainer(
+        f"data.sources=[{{path='{shared / 'ember'}'}}, {{path='{tmp_path}'}}]",
+        "data.buckets=['64x64x9', '64x64x1']",
+        "memory={checkpointing='full', checkpointing_by_bucket={'64x64x1'='none'}}",
+        name="low",
+    )
+    frames = []
+    trainer.model.register_forward_pre_hook(
+        lambda _, arguments, keywords: frames.append(keywords["hidden_states"].shape[2]), with_kwargs=True
+    )
+    trainer.rehearse()
+    assert sorted(frames) == [1, 3]  # of latents: a still's, and a clip's of nine frames
 
 
 @pytest.mark.parametrize(

@@ -152,14 +152,16 @@ class ExpertTrainer:
     def rehearse(self) -> None:
         """The largest batch once, forward and backward, so that memory runs out before the first step or not at all.
 
-        Gradients are dropped; what the optimizer will hold is held meanwhile.
+        Of each checkpointing policy: stills that keep everything may take more than clips. Gradients are dropped; what
+        the optimizer will hold is held meanwhile.
         """
         states = [torch.empty_like(parameter) for parameter in self.parameters for _ in range(2)]
-        sizes = self.batches.schedule.batch_size
-        largest = max(self.batches.schedule.names, key=lambda name: sizes[name] * Bucket.parse(name).tokens)
-        step = self.batches.schedule.first_step_of(largest)
-        self.accumulate_gradient(self.load_step(step), step)
-        self.optimizer.zero_grad(set_to_none=True)
+        schedule, policy = self.batches.schedule, self.config.memory.policy
+        names = sorted(schedule.names, key=lambda name: schedule.batch_size[name] * Bucket.parse(name).tokens)
+        for largest in {policy(name): name for name in names}.values():
+            step = schedule.first_step_of(largest)
+            self.accumulate_gradient(self.load_step(step), step)
+            self.optimizer.zero_grad(set_to_none=True)
         del states
 
     def accumulate_gradient(self, work: StepWork, step: int) -> Tensor:

@@ -47,7 +47,8 @@ class Fitting:
     @property
     def note(self) -> str:
         """What a person should know of how it went; empty where all is as planned."""
-        if self.checkpointing.lean.formula_holds:
+        lean = self.checkpointing.lean
+        if lean.formula_holds or not lean.hooked:
             return ""
         return (
             "the installed diffusers' block is not the one that was checked: it runs as it is, and takes about a fifth "
