@@ -122,6 +122,18 @@ def test_export_takes_another_tools_file_with_what_it_leaves_out(tmp_path, capsy
     assert same_update(adapter, read_file(tmp_path / "again" / "low_noise.safetensors"))
 
 
+def test_of_a_folder_the_expert_that_is_named_is_shown_and_taken(tmp_path, capsys):
+    export([make_adapter("high"), make_adapter("low")], FORMATS["diffusers"], tmp_path / "pair")
+    assert main(["inspect", str(tmp_path / "pair"), "--expert", "low"]) == 0
+    said = capsys.readouterr().out
+    assert "low noise" in said and "high noise" not in said
+    assert main(["inspect", str(tmp_path / "pair"), "--expert", "single"]) == 2
+    assert "pair: has no adapter of the only expert" in capsys.readouterr().err
+    taking = ["--format", "comfyui", "--expert", "low", "--out", str(tmp_path / "out")]
+    assert main(["export", str(tmp_path / "pair"), *taking]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["low_noise.safetensors"]
+
+
 @pytest.mark.parametrize("name", FORMAT_NAMES)
 def test_export_leads_from_every_format_to_every_other(tmp_path, name):
     pair = [make_adapter("high"), make_adapter("low")]

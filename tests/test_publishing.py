@@ -141,6 +141,20 @@ def test_a_log_that_is_gone_fails_no_run(finished, hub, environment, capsys, mon
     assert "what came of the push is not known" in told and command_in(told) and hub.repositories["acme/look"].commits
 
 
+def test_no_push_outlives_a_run_that_fails_after_its_training(finished, hub, environment, monkeypatch):
+    environment(hub.url)
+    hub.script["preupload"] = [stall] * 9
+    at_the_end: list[Callable[[], None]] = []
+    monkeypatch.setattr("atexit.register", at_the_end.append)
+    with finished() as publisher:
+        publisher.start(publisher.config.run_folder, "Adapters as they stand")
+    child = publisher.child
+    assert child is not None and child.poll() is None
+    for end in at_the_end:
+        end()
+    assert child.poll() is not None
+
+
 def test_training_is_the_same_with_pushes_that_fail(make_config, environment, capsys):
     environment(nobody())
     plain = train(make_config("run.name=plain"))

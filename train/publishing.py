@@ -1,5 +1,6 @@
 """Pushing to the Hub beside the training: in a process of its own, which can neither stop, fail nor delay the run."""
 
+import atexit
 import shlex
 import shutil
 import subprocess
@@ -51,6 +52,8 @@ class Publisher:
     def __enter__(self) -> "Publisher":
         """Say at the start, not after hours, that there is no login."""
         if self.asked:
+            # Whatever ends the run after training: a push has a session of its own and would go on.
+            atexit.register(self.end_child)
             try:
                 require_login()
             except InputError as error:

@@ -9,7 +9,7 @@ from .merged import add_merged_options, export_merged
 
 MERGED = "merged"
 """No format of adapters: the base's full weights with them in."""
-EXPERT_HELP = "of a file that does not say whose it is"
+EXPERT_HELP = "whose adapter is taken; of a file that does not say it, whose it is"
 ALPHA_HELP = "of a file that says none, such as one of VideoX-Fun's; left out, it is taken as the rank"
 
 

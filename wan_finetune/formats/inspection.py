@@ -125,6 +125,9 @@ def inspect_all(
 ) -> list[Inspection | InputError]:
     """Every adapter file of a path, those for ComfyUI beside others too, with what is wrong where one is not sound.
 
+    Args:
+        expert: whose files; and whose one is that does not say it.
+
     Raises:
         InputError: there are none.
     """
@@ -132,6 +135,9 @@ def inspect_all(
     files = adapter_files(source)
     if source.is_dir() and (beside := files[0][1].parent / "comfyui").is_dir():
         files += adapter_files(beside)
+    files = [(found, path) for found, path in files if found is None or expert in (None, found)]
+    if expert and not files:
+        raise InputError(f"{source}: has no adapter of {EXPERTS[expert].title}")
     for found, path in files:
         wanted = found or expert
         try:
