@@ -139,10 +139,3 @@ def refine_decoder(vae: AutoencoderKLWan, *, folder: Path, seed: int, steps: int
         folder=folder,
         ema_decay=0.995,
     )
-
-
-@torch.inference_mode()
-def measure_statistics(vae: AutoencoderKLWan, videos: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel over these clips: the constants of the config."""
-    latents = torch.cat([vae.encode(clip[None]).latent_dist.mode() for clip in videos])
-    return latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist()
