@@ -23,7 +23,7 @@ from wan_finetune.experts import HIGH, LOW, SINGLE, load_expert
 from wan_finetune.export import probe_output, verify_adapter_folder, write_adapter_folder
 from wan_finetune.formats import comfyui
 from wan_finetune.formats import diffusers as diffusers_format
-from wan_finetune.formats.files import open_checked
+from wan_finetune.formats.files import open_adapter
 from wan_finetune.formats.reading import read_file
 from wan_finetune.lora import LoraSettings, layout, targeted
 from wan_finetune.pipeline import add_adapters, load_pipeline, read_adapters
@@ -138,7 +138,7 @@ def test_patterns_give_each_module_its_rank_and_alpha_and_files_say_so_shortly(t
     }
     assert config["transformer.alpha_pattern"] == {"attn2.to_v": 3.0, "blocks.0.attn2.to_out.0": 5.5}
     assert config["transformer.rank_pattern"]["ffn.net.0.proj"] == 2
-    tensors = open_checked(tmp_path / "comfyui" / "high_noise.safetensors")[0]
+    tensors = open_adapter(tmp_path / "comfyui" / "high_noise.safetensors").tensors
     assert float(tensors["diffusion_model.blocks.0.cross_attn.v.alpha"]) == 3.0
 
 
@@ -161,7 +161,7 @@ def test_a_dora_for_comfyui_is_refused_because_diffusers_cannot_read_one(tiny_ba
     # The reason, as it stands in diffusers.
     plain, _ = train(tiny_base, HIGH, LoraSettings(rank=4))
     comfyui.write(tmp_path / "a.safetensors", plain)
-    tensors = open_checked(tmp_path / "a.safetensors")[0]
+    tensors = open_adapter(tmp_path / "a.safetensors").tensors
     tensors["diffusion_model.blocks.0.self_attn.q.dora_scale"] = torch.ones(24, 1)
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="dora_scale"):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.served import RED, SAMPLING, write_adapter
+from tests.served import RED, SAMPLING
+from tests.serving_fixtures import BASE, adapter, classifier, generator, settings
 from tests.test_adapters import trained
 from tests.tiny_classifier import write_tiny_classifier
 from tests.tiny_model import write_tiny_base
@@ -24,29 +25,8 @@ from wan_finetune.serving.files import SDK_VERSION, endpoint_files, space_files
 from wan_finetune.serving.generator import Generator, as_mp4, open_generator, with_facts
 from wan_finetune.serving.settings import ServingSettings, read_settings
 
+__all__ = ["adapter", "classifier", "generator", "settings"]  # fixtures
 ROOT = Path(__file__).resolve().parent.parent
-BASE = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_base, tmp_path_factory):
-    return write_adapter(tiny_base, tmp_path_factory.mktemp("adapter"))
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    return write_tiny_classifier(tmp_path_factory.mktemp("classifier"), "nothing")
-
-
-@pytest.fixture(scope="module")
-def settings(tiny_base, adapter):
-    table = {"base": str(tiny_base), "adapter": str(adapter), "sampling": SAMPLING}
-    return ServingSettings.model_validate(table)
-
-
-@pytest.fixture(scope="module")
-def generator(settings, classifier):
-    return open_generator(settings, {FRAME_SWITCH: str(classifier)})
 
 
 def clip_of(base, adapter, strength=1.0, prompt=RED["prompt"], seed=RED["seed"]):

@@ -16,40 +16,18 @@ import numpy as np
 import pytest
 
 from tests.fork_server import wait_for
-from tests.served import RED, SAMPLING, call_endpoint, free_port, lay_out, run_server, start, write_adapter
-from tests.tiny_classifier import write_tiny_classifier
+from tests.served import RED, SAMPLING, call_endpoint, free_port, lay_out, run_server, start
+from tests.serving_fixtures import BASE, adapter, classifier, generator, settings
 from wan_finetune.experts import HIGH, LOW
 from wan_finetune.safety import FRAME_SWITCH, PROMPT_SWITCH, TERMS_FILE, SafetySettings
 from wan_finetune.serving.asking import GenerationRequest
 from wan_finetune.serving.files import endpoint_files
-from wan_finetune.serving.generator import open_generator
 from wan_finetune.serving.server import BODY_SECONDS, MAX_BODY_BYTES, Service, make_parser
 from wan_finetune.serving.settings import ENVIRONMENT, ServingSettings
 from wan_finetune.video import read_video
 
+__all__ = ["adapter", "classifier", "generator", "settings"]  # fixtures
 ROOT = Path(__file__).resolve().parent.parent
-BASE = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_base, tmp_path_factory):
-    return write_adapter(tiny_base, tmp_path_factory.mktemp("adapter"))
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    return write_tiny_classifier(tmp_path_factory.mktemp("classifier"), "nothing")
-
-
-@pytest.fixture(scope="module")
-def settings(tiny_base, adapter):
-    table = {"base": str(tiny_base), "adapter": str(adapter), "sampling": SAMPLING}
-    return ServingSettings.model_validate(table)
-
-
-@pytest.fixture(scope="module")
-def generator(settings, classifier):
-    return open_generator(settings, {FRAME_SWITCH: str(classifier)})
 
 
 def test_the_endpoint_answers_as_its_service_calls_it(tiny_base, adapter, classifier, generator, tmp_path):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wan_finetune.errors import InputError
 from wan_finetune.experts import ExpertName
-from wan_finetune.formats.files import open_checked, save_atomically
+from wan_finetune.formats.files import open_adapter, save_atomically
 
 
 def keep_best(folder: Path, expert: ExpertName, step: int, weights: Mapping[str, Tensor]) -> None:
@@ -21,13 +21,13 @@ def load_best(folder: Path, expert: ExpertName, step: int) -> dict[str, Tensor]:
     Raises:
         InputError: the file is missing, damaged, or of another step.
     """
-    weights, metadata = open_checked(best_file(folder, expert))
+    _, weights, metadata = open_adapter(best_file(folder, expert))
     if metadata.get("step") != str(step):
         raise InputError(
             f"{best_file(folder, expert)}: holds step {metadata.get('step')}, not {step}, whose held-out loss is the "
             'lowest; set validation.export = "last", or train again under another run.name'
         )
-    return weights
+    return dict(weights)
 
 
 def best_file(folder: Path, expert: ExpertName) -> Path:

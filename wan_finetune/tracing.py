@@ -149,6 +149,7 @@ def build(dims: TransformerDims, lora: LoraShape, settings: TraceSettings) -> nn
     from peft import LoraConfig
 
     from .memory.checkpointing import Checkpointing, keep_lora_inputs_as_they_are
+    from .memory.loading import kept_in_fp32
     from .memory.settings import MemorySettings
 
     with torch.device("meta"):
@@ -165,7 +166,7 @@ def build(dims: TransformerDims, lora: LoraShape, settings: TraceSettings) -> nn
             cross_attn_norm=dims.cross_attn_norm,
         ).requires_grad_(False)
         for name, parameter in model.named_parameters():
-            kept = any(part in model._keep_in_fp32_modules for part in name.split("."))
+            kept = kept_in_fp32(name)
             parameter.data = parameter.data.to(torch.float32 if kept else settings.base_dtype)
         model.add_adapter(LoraConfig(lora_dropout=lora.dropout, **injected(lora, dims)))
     cast_training_params(model, torch.float32)

@@ -64,12 +64,6 @@ def current_umask() -> int:
     return mask
 
 
-def open_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, as `open_adapter` finds them."""
-    opened = open_adapter(path)
-    return dict(opened.tensors), dict(opened.metadata)
-
-
 def open_adapter(path: Path) -> Opened:
     """Open a safetensors file from anywhere.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..adapters import Adapter
 from ..errors import InputError
 from ..experts import EXPERTS
+from ..memory.loading import kept_in_fp32
 from ..weight_files import StoredWeights, TensorHead, read_json
 from .files import save_atomically
 
@@ -55,13 +56,6 @@ def merged_weight(name: str, weight: Tensor, adapter: Adapter | None, strength: 
         magnitude = adapter.weights[f"{module}.lora_magnitude_vector"]
         merged.mul_((magnitude / torch.linalg.norm(merged, dim=1))[:, None])
     return merged
-
-
-def kept_in_fp32(name: str) -> bool:
-    """Whether diffusers keeps a tensor in fp32 when it opens a model in another dtype."""
-    from diffusers import WanTransformer3DModel
-
-    return bool(set(WanTransformer3DModel._keep_in_fp32_modules) & set(name.split(".")))
 
 
 def written_bytes(name: str, head: TensorHead, dtype: torch.dtype) -> int:

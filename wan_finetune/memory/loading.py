@@ -89,21 +89,26 @@ def is_quantized_weight(name: str, module: nn.Module) -> bool:
 
 def read_weights(folder: Path, dtype: torch.dtype, quantization: Quantization) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of an expert, cast to what it is kept in; each owns its memory, none is mapped from the file."""
-    from diffusers import WanTransformer3DModel
     from safetensors import safe_open
 
-    kept_fp32 = set(WanTransformer3DModel._keep_in_fp32_modules)
     for shard in shards(folder):
         with safe_open(shard, "pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 tensor = file.get_tensor(name)
                 if not tensor.is_floating_point():
                     raise InputError(f"{shard}: {name} is {tensor.dtype}; the base must be stored unquantised")
-                wanted = torch.float32 if kept_fp32 & set(name.split(".")) else dtype
+                wanted = torch.float32 if kept_in_fp32(name) else dtype
                 cast = tensor.to(wanted, copy=True)
                 if is_block_matrix(name, tensor):
                     cast = cast.to(storage_dtype(quantization, dtype))
                 yield name, cast
+
+
+def kept_in_fp32(name: str) -> bool:
+    """Whether diffusers keeps a tensor in fp32 when it opens a model in another dtype."""
+    from diffusers import WanTransformer3DModel
+
+    return not set(WanTransformer3DModel._keep_in_fp32_modules).isdisjoint(name.split("."))
 
 
 def is_block_matrix(name: str, tensor: Tensor) -> bool:
